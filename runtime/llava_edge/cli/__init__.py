@@ -21,6 +21,8 @@ from llava_edge.errors import LlavaEdgeError
 COMMANDS = {
     "chat": ("llava_edge.cli.chat:chat", "Ask about pictures: one question, or a conversation."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
+    "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
+    "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -119,6 +121,9 @@ def run(args: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code; errors become lines on stderr."""
     try:
         code = cli.main(args=args, prog_name="llava-edge", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
     except click.UsageError as error:
         _report(*_usage_message(error))
         return EXIT_USAGE
