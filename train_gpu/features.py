@@ -63,9 +63,10 @@ class FeatureCache:
     def __getitem__(self, name: str) -> NDArray[np.float16]:
         """``float16 [P, D]``."""
         try:
-            return self.array[self.rows[name]]
+            row = self.rows[name]
         except KeyError:
             raise InputError(f"picture {name!r} is not in the feature cache") from None
+        return np.asarray(self.array[row])
 
     def statistics(self, pictures: int = 512) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation per feature ``[D]`` over evenly spaced pictures."""

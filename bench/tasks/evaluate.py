@@ -65,7 +65,9 @@ def read_captions(file: Path, split: str, images: Path) -> list[Question]:
 
 def read_classes(folders: Sequence[Path]) -> list[Question]:
     """Questions from folders of pictures; a folder's name is the expected word."""
-    questions = [(path, PET_QUESTION, (folder.name,)) for folder in folders for path in sorted(folder.glob("*.jpg"))]
+    questions: list[Question] = [
+        (path, PET_QUESTION, (folder.name,)) for folder in folders for path in sorted(folder.glob("*.jpg"))
+    ]
     if not questions:
         raise InputError(f"no .jpg pictures in {', '.join(map(str, folders))}")
     return questions

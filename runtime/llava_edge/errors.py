@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 
 class LlavaEdgeError(Exception):
     """Base of every error that llava-edge raises on purpose.
@@ -32,3 +34,12 @@ class ContextFullError(LlavaEdgeError):
 
 class MissingExtraError(LlavaEdgeError):
     """An optional part isn't installed; the hint has the command that installs it."""
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raise :class:`MissingExtraError` unless every module can be found; nothing is imported."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if missing:
+        raise MissingExtraError(
+            f"{' and '.join(missing)} not installed", hint=f"Install the extra with: pip install 'llava-edge[{extra}]'"
+        )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from llava_edge.errors import ImageError
 
@@ -103,8 +103,10 @@ def pad_to_square(image: Image.Image, color: tuple[int, int, int]) -> Image.Imag
 
 def normalize(image: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:
     """RGB picture to ``float32 [3, H, W]``: scaled to 0…1, then minus ``spec.mean``, over ``spec.std``."""
-    pixels = np.asarray(image, dtype=np.float32) / np.float32(255)
-    pixels = (pixels - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
+    mean = np.array(spec.mean, dtype=np.float32)
+    std = np.array(spec.std, dtype=np.float32)
+    pixels = np.asarray(image, dtype=np.float32)
+    pixels = np.divide(np.divide(pixels, np.float32(255)) - mean, std)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
 
 
@@ -135,7 +137,7 @@ def _as_image_errors(name: str) -> Iterator[None]:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageError(f"{name} unpacks to too many pixels; at most {MAX_PIXELS:,} are allowed") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise ImageError(
             f"{name} is not a picture that can be read", hint=f"Supported formats: {', '.join(FORMATS)}."
         ) from None

@@ -48,7 +48,7 @@ def tiny_model(tokenizer: PreTrainedTokenizerFast) -> Any:
     llm = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True,
+            num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.3,
         )
     )  # fmt: skip
     return parts.assemble(tower, llm, tokenizer, (2, 3))
