@@ -1,0 +1,160 @@
+"""llama.cpp's libraries: loaded once, kept quiet, and called from one thread that Ctrl-C can stop.
+
+All computing calls go through one worker thread. OpenMP then has a single pool of threads, and the caller's thread
+waits where Python can deliver a KeyboardInterrupt; the worker is told to stop and the caller gets the exception.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import platform
+import queue
+import re
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_WARNING, _ERROR, _CONTINUED = 3, 4, 5
+_recent_errors: deque[str] = deque(maxlen=32)
+_keep_alive: list[Any] = []
+
+
+@functools.cache
+def llama() -> Any:
+    """The module ``llama_cpp.llama_cpp``, initialised, its log sent to Python's."""
+    import llama_cpp.llama_cpp as library
+
+    callback = library.llama_log_callback(_on_log)
+    _keep_alive.append(callback)
+    library.llama_log_set(callback, None)
+    library.llama_backend_init()
+    return library
+
+
+@functools.cache
+def mtmd() -> Any:
+    """The module ``llama_cpp.mtmd_cpp``, its log sent to Python's."""
+    library = llama()
+    import llama_cpp.mtmd_cpp as module
+
+    callback = library.llama_log_callback(_on_log)
+    _keep_alive.append(callback)
+    module.mtmd_log_set(callback, None)
+    return module
+
+
+def version() -> str:
+    """The version of llama-cpp-python, which stands for the llama.cpp that it holds."""
+    from importlib.metadata import version as installed
+
+    return installed("llama-cpp-python")
+
+
+def _on_log(level: int, text: bytes, _data: Any) -> None:
+    line = text.decode("utf-8", "replace").rstrip("\n")
+    if level == _ERROR and line.strip():
+        _recent_errors.append(line)
+    if line.strip(" .") and log.isEnabledFor(logging.DEBUG):
+        log.debug("%s", line)
+
+
+def forget_errors() -> None:
+    """Start a call whose failure will be explained by :func:`errors`."""
+    _recent_errors.clear()
+
+
+def errors() -> list[str]:
+    """What llama.cpp logged as errors since :func:`forget_errors`, without the names of its functions."""
+    return [re.sub(r"^\w+: (error: )?", "", line) for line in _recent_errors]
+
+
+class Worker:
+    """One thread that makes the calls. ``aborting`` is true while a call has been asked to stop."""
+
+    def __init__(self) -> None:
+        self.aborting = False
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._work, name="llava-edge", daemon=True).start()
+
+    def run(self, call: Callable[[], T]) -> T:
+        """The call's result. An interruption of the waiting thread stops the call, then goes on to the caller."""
+        results: list[T] = []
+        failures: list[BaseException] = []
+        done = threading.Lock()
+        done.acquire()
+
+        def job() -> None:
+            try:
+                results.append(call())
+            except BaseException as error:
+                failures.append(error)
+            done.release()
+
+        with self._lock:
+            self._jobs.put(job)
+            try:
+                done.acquire()
+            except BaseException:
+                self._stop_and_wait(done)
+                raise
+        if failures:
+            raise failures[0]
+        return results[0]
+
+    def close(self) -> None:
+        """End the thread when its work is done."""
+        self._jobs.put(None)
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+    def _stop_and_wait(self, done: threading.Lock) -> None:
+        """The call still uses the caller's memory, so further interruptions wait until it has ended."""
+        self.aborting = True
+        while True:
+            try:
+                done.acquire()
+                break
+            except KeyboardInterrupt:
+                continue
+        self.aborting = False
+
+
+def default_threads() -> int:
+    """Threads that compute fastest: one a physical core (a performance core on Apple silicon) that may be used."""
+    if platform.system() == "Darwin":
+        for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            found = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, check=False).stdout
+            if found.strip().isdigit():
+                return int(found)
+        return os.cpu_count() or 1
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    cores = {_siblings(cpu) for cpu in usable}
+    return max(1, min(len(cores), _cpu_quota()))
+
+
+def _siblings(cpu: int) -> str:
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+    except OSError:
+        return str(cpu)
+
+
+def _cpu_quota() -> int:
+    """Whole CPUs that the container's limit allows."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, round(int(quota) / int(period)))
+    except (OSError, ValueError):
+        return 1 << 16

@@ -1,0 +1,265 @@
+"""A conversation: turns, pictures and answers. What was evaluated once stays in the KV cache."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from llava_edge.errors import InputError
+from llava_edge.generate import Generation, generate
+from llava_edge.prompt import Answer, ImageRef, Segment
+from llava_edge.sampling import Sampler
+from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage
+
+if TYPE_CHECKING:
+    from llava_edge.images import ImageSource
+    from llava_edge.kv_cache import Prefill
+    from llava_edge.model import Model, Picture
+    from llava_edge.vision import EncodedImage
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A question and its answer. It holds its pictures' embeddings, so that they are never made twice."""
+
+    question: str
+    segments: tuple[Segment, ...]
+    pictures: tuple[Picture, ...]
+    encoded: tuple[EncodedImage, ...]
+    answer: str = ""
+    ids: tuple[int, ...] = ()
+
+
+@dataclass
+class _Clock:
+    """When the steps of an answer ended."""
+
+    started: float
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+
+class ChatSession:
+    """A conversation with a model; made by ``Model.chat``.
+
+    A question that fails (a bad picture, a full context) leaves the conversation as it was. An answer that is
+    stopped early stays in it as far as it came.
+    """
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        self._model = model
+        self._system = system
+        self._turns: tuple[_Turn, ...] = ()
+        self._pending: tuple[Picture, ...] = ()
+        self._stream: Generator[Chunk, None, None] | None = None
+        self._closed = False
+        model.format.turn(0, [], "?", system)  # a system message that the format can't hold is refused here
+
+    def __enter__(self) -> ChatSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<llava_edge.ChatSession with {self._model.name}, {len(self._turns)} turns>"
+
+    def close(self) -> None:
+        """End the conversation. The model stays loaded."""
+        self.reset()
+        self._closed = True
+
+    def reset(self) -> None:
+        """Forget all turns and pictures. An answer that is being streamed is stopped."""
+        self._stop_stream()
+        self._turns = self._pending = ()
+
+    def add_image(self, source: ImageSource) -> None:
+        """Read a picture now; it goes with the next question. ImageError says what is wrong with it."""
+        picture = self._model.open_picture(source, self._picture_count() + 1)
+        self._pending = (*self._pending, picture)
+
+    @property
+    def turns(self) -> list[tuple[str, str, list[str]]]:
+        """Questions and answers so far: (role, text, names of pictures)."""
+        listed: list[tuple[str, str, list[str]]] = []
+        for turn in self._turns:
+            listed.append(("user", turn.question, [picture.name for picture in turn.pictures]))
+            listed.append(("assistant", turn.answer, []))
+        return listed
+
+    def ask(
+        self,
+        text: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Reply:
+        """Ask a question and wait for the whole answer.
+
+        Parameters
+        ----------
+        text
+            The question.
+        images
+            Pictures that it is about, before the text: paths, ``PIL.Image``, arrays or bytes.
+        max_tokens
+            Longest answer.
+        stop
+            Texts that end the answer; they are not part of it.
+        **sampling
+            Fields of :class:`llava_edge.SamplingParams`: ``temperature`` (0 is greedy), ``top_p``, ``top_k``,
+            ``min_p``, ``seed``.
+
+        Raises
+        ------
+        LlavaEdgeError
+            A picture can't be read, the context is full, an argument is out of range.
+        """
+        stream = self.stream(text, images, max_tokens=max_tokens, stop=stop, **sampling)
+        try:
+            for chunk in stream:
+                if chunk.reply is not None:
+                    return chunk.reply
+        finally:
+            stream.close()
+        raise AssertionError("a stream ends with a reply")
+
+    def stream(
+        self,
+        text: str,
+        images: Sequence[ImageSource] = (),
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Generator[Chunk, None, None]:
+        """The same as :meth:`ask`, piece by piece; the last chunk has the reply and no text.
+
+        Closing the generator stops the answer, which stays in the conversation as far as it came.
+        """
+        started = time.perf_counter()
+        if self._closed:
+            raise InputError("this chat is closed", hint="Begin another one with model.chat().")
+        sources = [images] if isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)) else list(images)
+        if not isinstance(text, str) or not (text.strip() or sources or self._pending):
+            raise InputError("the question is empty")
+        if max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens}; expected 1 or more")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(text, str) and text for text in stops):
+            raise InputError(f"stop is {list(stops)}; expected texts that are not empty")
+        try:
+            params = SamplingParams(**sampling)
+        except TypeError:
+            known = ", ".join(SamplingParams.__dataclass_fields__)
+            unknown = ", ".join(sorted(set(sampling) - set(SamplingParams.__dataclass_fields__)))
+            raise InputError(f"unknown option {unknown}", hint=f"Sampling has {known}.") from None
+        self._stop_stream()
+        self._stream = self._answer(text, sources, max_tokens, stops, params, started)
+        return self._stream
+
+    def _answer(
+        self,
+        text: str,
+        sources: Sequence[ImageSource],
+        max_tokens: int,
+        stop: tuple[str, ...],
+        params: SamplingParams,
+        started: float,
+    ) -> Generator[Chunk, None, None]:
+        model = self._model
+        if not model.busy.acquire(blocking=False):
+            raise InputError("the model is answering in another chat", hint="Finish or close that stream first.")
+        generation = Generation()
+        turn = None
+        try:
+            clock = _Clock(started)
+            turn, prefill = self._prepare(text, sources, clock)
+            pieces = generate(
+                generation,
+                model.cache,
+                Sampler(params),
+                model.engine,
+                max_tokens=max_tokens,
+                stop_tokens=model.stop_tokens,
+                stop_texts=(*model.stop_texts, *stop),
+                strip_blank=model.engine.spm,
+            )
+            for piece in pieces:
+                yield Chunk(piece)
+            self._commit(turn, generation)
+            yield Chunk("", self._reply(generation, prefill, clock))
+        except (GeneratorExit, KeyboardInterrupt):
+            if turn is not None and generation.finish_reason == "cancelled" and generation.ids:
+                self._commit(turn, generation)
+            raise
+        finally:
+            model.busy.release()
+
+    def _prepare(self, text: str, sources: Sequence[ImageSource], clock: _Clock) -> tuple[_Turn, Prefill]:
+        """Everything up to the logits of the first token. Nothing of the conversation changes."""
+        model = self._model
+        first = self._picture_count() + 1
+        new = tuple(model.open_picture(source, number) for number, source in enumerate(sources, first))
+        pictures = self._pending + new
+        began = time.perf_counter()
+        encoded = tuple(model.encode(picture) for picture in pictures)
+        encoded_at = time.perf_counter()
+        refs = [ImageRef(image.key) for image in encoded]
+        segments = model.format.turn(len(self._turns), refs, text, self._system)
+        turn = _Turn(text, tuple(segments), pictures, encoded)
+        units = model.tokenizer.units(self._history(turn))
+        known = {image.key: image for past in (*self._turns, turn) for image in past.encoded}
+        prefill = model.cache.prefill(units, known)
+        clock.encode_seconds = encoded_at - began
+        clock.prefill_seconds = time.perf_counter() - encoded_at
+        return turn, prefill
+
+    def _history(self, turn: _Turn) -> list[Segment]:
+        segments: list[Segment] = []
+        for past in self._turns:
+            segments += [*past.segments, Answer(past.ids)]
+        return [*segments, *turn.segments]
+
+    def _commit(self, turn: _Turn, generation: Generation) -> None:
+        ids = tuple(generation.ids)
+        done = _Turn(turn.question, turn.segments, turn.pictures, turn.encoded, generation.text, ids)
+        self._turns, self._pending = (*self._turns, done), ()
+
+    def _reply(self, generation: Generation, prefill: Prefill, clock: _Clock) -> Reply:
+        assert generation.first_token_at is not None
+        evaluated = prefill.tokens - prefill.cached
+        usage = Usage(prefill.tokens, prefill.cached, prefill.image, len(generation.ids))
+        timings = Timings(
+            load_seconds=self._model.load_seconds,
+            encode_seconds=clock.encode_seconds,
+            prefill_seconds=clock.prefill_seconds,
+            ttft_seconds=generation.first_token_at - clock.started,
+            decode_seconds=generation.decode_seconds,
+            prefill_tokens_per_second=_rate(evaluated, clock.prefill_seconds),
+            decode_tokens_per_second=_rate(generation.decoded, generation.decode_seconds),
+        )
+        ids = tuple(generation.ids)
+        return Reply(generation.text, generation.finish_reason, self._model.name, usage, timings, ids)
+
+    def _picture_count(self) -> int:
+        return sum(len(turn.pictures) for turn in self._turns) + len(self._pending)
+
+    def _stop_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+
+def _rate(count: int, seconds: float) -> float | None:
+    return count / seconds if count and seconds > 0 else None
