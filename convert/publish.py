@@ -1,0 +1,83 @@
+"""From a directory in the making to the output: a kill at any moment leaves the old bundle, the new one, or both."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llava_edge.bundle import MANIFEST_NAME, open_bundle
+from llava_edge.errors import InputError, ModelError
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Refuse to write over anything but an empty directory, or a bundle if ``force`` says so."""
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent} does not exist", hint="Make the directory first.")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / MANIFEST_NAME).is_file():
+        raise InputError(f"{output} exists and is not a bundle", hint="Choose another name for the output.")
+    if not force:
+        raise InputError(f"{output} exists", hint="Use --force to replace this bundle, or choose another name.")
+
+
+@contextmanager
+def working_directory(output: Path) -> Iterator[Path]:
+    """A directory on the output's file system that is gone afterwards, unless :func:`publish` renamed it."""
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def publish(work: Path, output: Path) -> None:
+    """Put ``work`` in the place of ``output``. Files beside the old bundle's own, such as a README, are kept."""
+    mode = 0o777 & ~_umask()
+    for path in work.iterdir():
+        _sync(path)
+    if not output.exists():
+        work.chmod(mode)
+        work.rename(output)
+        _sync(output.parent)
+        return
+    _keep_other_files(output, work)
+    work.chmod(mode)
+    _sync(work)
+    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+    output.rename(old)
+    work.rename(output)
+    _sync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep_other_files(output: Path, work: Path) -> None:
+    try:
+        replaced = {MANIFEST_NAME, *(file.path for file in open_bundle(output).manifest.files)}
+    except ModelError:
+        replaced = {MANIFEST_NAME} | {path.name for path in output.glob("*.gguf")}
+    for path in output.iterdir():
+        if path.name in replaced or (work / path.name).exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, work / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, work / path.name, follow_symlinks=False)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
