@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, log, terminal
-from llava_edge.errors import InputError
+from llava_edge.errors import InputError, ModelError
 from llava_edge.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def chat(
 
 
 def check_model_choice(options: dict[str, Any]) -> None:
-    """Refuse half a raw pair, and a raw pair beside a name."""
+    """Refuse half a raw pair, a raw pair beside a name, and a file in place of a bundle."""
     llm, mmproj = options["llm"], options["mmproj"]
     if (llm or mmproj) and options["model"]:
         raise click.UsageError("--model and --llm/--mmproj exclude each other")
@@ -133,6 +133,11 @@ def check_model_choice(options: dict[str, Any]) -> None:
         raise click.UsageError("--llm needs --mmproj: a language model alone sees no pictures")
     if mmproj and not llm:
         raise click.UsageError("--mmproj needs --llm")
+    if options["model"] and Path(options["model"]).is_file():
+        raise ModelError(
+            f"{options['model']} is a file; a model is a directory with a manifest",
+            hint="A GGUF file needs the one of its vision tower: --llm FILE --mmproj FILE.",
+        )
 
 
 def load_model(options: dict[str, Any]) -> Model:

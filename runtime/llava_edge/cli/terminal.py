@@ -40,7 +40,7 @@ def stats(reply: Reply) -> str:
     """One line with an answer's times and speeds."""
     usage, timings = reply.usage, reply.timings
     parts = [f"load {timings.load_seconds:.2f} s"]
-    if timings.encode_seconds:
+    if timings.encode_seconds >= 0.0005:
         parts.append(f"encode {timings.encode_seconds:.2f} s")
     fresh = usage.prompt_tokens - usage.cached_tokens
     parts.append(f"prefill {fresh} of {usage.prompt_tokens} tokens{_speed(timings.prefill_tokens_per_second)}")
