@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from llava_edge.cli import debug_option, terminal
+from llava_edge.errors import require_extra
 
 
 @click.command(short_help="Turn a checkpoint into a bundle that chat can run.")
@@ -38,6 +39,7 @@ def convert(
     llava-edge convert my-llava -o my-bundle
     llava-edge chat --model my-bundle
     """
+    require_extra("convert", "torch", "transformers", "safetensors")
     from llava_edge.convert import convert_checkpoint
 
     report = convert_checkpoint(
