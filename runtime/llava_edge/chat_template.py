@@ -68,7 +68,7 @@ class TemplateFormat:
         # Some templates only take a list of typed parts as content, and some take the blanks off it.
         self._typed = False
         self._typed = not self._shows(_QUESTION)
-        self._strips = not self._shows(f" {_QUESTION} ")
+        self._strips = not self._shows(f"   {_QUESTION}   ")
 
     def turn(self, number: int, images: Sequence[ImageRef], question: str, system: str | None) -> list[Segment]:
         """See :meth:`llava_edge.prompt.ChatFormat.turn`."""
