@@ -82,7 +82,18 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         found = raw.get(part, {}).get("model_type") if isinstance(raw.get(part), dict) else None
         if found != supported:
             raise _unsupported(f"{part}.model_type", found, supported)
-    config = LlavaConfig.from_dict(raw)
+    if raw.get("quantization_config"):
+        raise _unsupported("quantization_config", raw["quantization_config"], None)
+    try:
+        config = LlavaConfig.from_dict(raw)
+    except Exception as error:  # transformers and its validators raise many kinds
+        raise InputError(
+            f"transformers refuses {directory / 'config.json'}: {error}",
+            hint="Correct the field, or get the file again.",
+        ) from None
+    for field in ("image_size", "patch_size"):
+        if not isinstance(getattr(config.vision_config, field), int):
+            raise _unsupported(f"vision_config.{field}", getattr(config.vision_config, field), "one whole number")
     checkpoint = Checkpoint(directory, config, _read_description(directory))
     for field, value, wanted in _requirements(checkpoint):
         if value != wanted:

@@ -32,7 +32,7 @@ class TensorWriter:
         """Add a tensor; InputError where float16 can't hold it."""
         if self._half and tensor.ndim > 1 and not keep_float32:
             if np.abs(tensor).max() > _LARGEST_F16:
-                raise InputError(f"the tensor {name} has values beyond float16", hint="Ask for the type F32.")
+                raise InputError(f"the tensor {name} has values beyond the range of float16, {_LARGEST_F16}")
             self.gguf.add_tensor(name, tensor.astype(np.float16))
         else:
             self.gguf.add_tensor(name, np.ascontiguousarray(tensor, dtype=np.float32))

@@ -62,10 +62,13 @@ class Conversion:
             raise InputError(f"no such checkpoint: {self.source}", hint="Name a directory in Hugging Face format.")
         publish.check_output(self.output, self.force)
         checkpoint = open_checkpoint(self.source)
-        with publish.working_directory(self.output) as work:
-            quantized, manifest = self._make(checkpoint, work)
-            (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-            publish.publish(work, self.output)
+        try:
+            with publish.working_directory(self.output) as work:
+                quantized, manifest = self._make(checkpoint, work)
+                (work / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+                publish.publish(work, self.output)
+        except OSError as error:
+            raise InputError(f"can't write {self.output}: {error}", hint="Is there room, and may you write?") from None
         self.report_path.unlink(missing_ok=True)
         return {
             "output": str(self.output),

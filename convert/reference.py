@@ -29,10 +29,13 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
-        with _no_progress_bar():
-            model, report = transformers.LlavaForConditionalGeneration.from_pretrained(
-                checkpoint.directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-            )
+        try:
+            with _no_progress_bar():
+                model, report = transformers.LlavaForConditionalGeneration.from_pretrained(
+                    checkpoint.directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
+                )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise InputError(f"transformers can't load {checkpoint.directory}: {error}") from None
         wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
         if wrong:
             raise InputError(f"the checkpoint's tensors don't fit its config.json: {wrong}")

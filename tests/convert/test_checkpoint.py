@@ -1,0 +1,148 @@
+"""A checkpoint is converted faithfully or refused by the name of the field."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llava_edge.convert import convert_checkpoint
+from llava_edge.convert.checkpoint import Weights, open_checkpoint, plain_name
+from llava_edge.errors import InputError
+
+Change = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def editable(checkpoint_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint_dir, tmp_path / "copy"))
+
+
+def edit(path: Path, change: Change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda c: c.update(model_type="llava_next"), "model_type is 'llava_next'"),
+        (lambda c: c["text_config"].update(model_type="mistral"), "text_config.model_type is 'mistral'"),
+        (lambda c: c["vision_config"].update(model_type="clip_vision_model"), "vision_config.model_type"),
+        (lambda c: c.pop("vision_class_token"), "vision_class_token is True; expected False"),
+        (lambda c: c.update(vision_feature_select_strategy="full"), "vision_feature_select_strategy"),
+        (lambda c: c.update(projector_hidden_act="relu"), "projector_hidden_act is 'relu'"),
+        (lambda c: c.update(vision_feature_layer=[1, 9]), "vision_feature_layer"),
+        (lambda c: c.update(vision_feature_layer=[1, 1]), "vision_feature_layer"),
+        (lambda c: c.update(image_seq_length=17), "image_seq_length is 17; expected 16"),
+        (lambda c: c["vision_config"].update(hidden_act="quick_gelu"), "vision_config.hidden_act"),
+        (lambda c: c["vision_config"].update(use_swiglu_ffn=True), "vision_config.use_swiglu_ffn"),
+        (lambda c: c["vision_config"].update(image_size=112), "vision_config.image_size is 112"),
+        (lambda c: c.update(quantization_config={"quant_method": "bitsandbytes"}), "quantization_config is"),
+        (lambda c: c["vision_config"].update(image_size="large"), "transformers refuses .*config.json"),
+        (lambda c: c["vision_config"].update(image_size=[56, 56]), r"vision_config.image_size is \[56, 56\]"),
+        (lambda c: c["text_config"].update(attention_bias=True), "text_config.attention_bias"),
+        (
+            lambda c: c["text_config"].update(
+                rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
+            ),
+            "text_config.rope_parameters.rope_type is 'linear'",
+        ),
+    ],
+)
+def test_an_unsupported_config_is_refused_by_its_field(change: Change, field: str, editable: Path) -> None:
+    edit(editable / "config.json", change)
+    with pytest.raises(InputError, match=field) as caught:
+        open_checkpoint(editable)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d.pop("prompt"), "missing key prompt"),
+        (lambda d: d["image"].update(size=28), "vision_config.image_size is 56; expected 28"),
+        (lambda d: d["visual_tokens"].update(grid=[2, 8]), "visual_tokens.grid"),
+        (lambda d: d.update(author="me"), "unknown key author"),
+    ],
+)
+def test_a_wrong_description_is_refused(change: Change, said: str, editable: Path) -> None:
+    edit(editable / "llava_edge.json", change)
+    with pytest.raises(InputError, match=said):
+        open_checkpoint(editable)
+
+
+@pytest.mark.parametrize("name", ["config.json", "llava_edge.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(name: str, editable: Path, tmp_path: Path) -> None:
+    (editable / name).unlink()
+    with pytest.raises(InputError, match=r"config.json|llava_edge.json|model.safetensors|tokenizer"):
+        convert_checkpoint(editable, tmp_path / "bundle")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_tensors_are_found_under_the_names_of_every_release() -> None:
+    expected = "language_model.layers.0.mlp.up_proj.weight"
+    for name in ("language_model.model.layers.0", "model.language_model.layers.0"):
+        assert plain_name(f"{name}.mlp.up_proj.weight") == expected
+    assert plain_name("language_model.lm_head.weight") == plain_name("lm_head.weight") == "lm_head.weight"
+    assert plain_name("model.vision_tower.x") == "vision_tower.x"
+
+
+def test_a_checkpoint_in_two_files_reads_like_one(editable: Path) -> None:
+    whole = {name: Weights(editable).take(name) for name in Weights(editable).names("")}
+    tensors = load_file(editable / "model.safetensors")
+    half = sorted(tensors)[: len(tensors) // 2]
+    save_file({n: t for n, t in tensors.items() if n in half}, editable / "a.safetensors")
+    save_file({n: t for n, t in tensors.items() if n not in half}, editable / "b.safetensors")
+    (editable / "model.safetensors").unlink()
+    index = {name: "a.safetensors" if name in half else "b.safetensors" for name in tensors}
+    (editable / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    split = Weights(editable)
+    assert split.names("") == sorted(whole)
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(split.take(name), tensor)
+
+
+def change_tensors(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_missing_a_surplus_and_a_broken_tensor_are_refused(editable: Path, tmp_path: Path) -> None:
+    tower = "vision_tower.encoder.layer.1.mlp.fc1.bias"
+    name = next(n for n in load_file(editable / "model.safetensors") if n.endswith(tower))
+    kept = load_file(editable / "model.safetensors")[name]
+
+    change_tensors(editable, lambda t: t.pop(name))
+    with pytest.raises(InputError, match=f"no tensor {tower}"):
+        convert_checkpoint(editable, tmp_path / "bundle")
+
+    change_tensors(editable, lambda t: t.update({name: kept * np.float32("nan")}))
+    with pytest.raises(InputError, match=f"{tower} holds values that are not finite"):
+        convert_checkpoint(editable, tmp_path / "bundle")
+
+    change_tensors(editable, lambda t: t.update({name: kept, name.replace("fc1", "fc9"): kept}))
+    with pytest.raises(InputError, match="1 tensors that don't fit"):
+        convert_checkpoint(editable, tmp_path / "bundle")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_tensors_of_another_shape_are_refused(editable: Path, tmp_path: Path) -> None:
+    edit(editable / "config.json", lambda c: c["text_config"].update(intermediate_size=192))
+    with pytest.raises(InputError, match=r"can't load|don't fit"):
+        convert_checkpoint(editable, tmp_path / "bundle")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["copy"]
+
+
+def test_a_damaged_tensor_file_is_an_error_in_words(editable: Path, tmp_path: Path) -> None:
+    (editable / "model.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(InputError, match=r"can't read .*model.safetensors"):
+        convert_checkpoint(editable, tmp_path / "bundle")

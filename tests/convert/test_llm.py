@@ -1,0 +1,149 @@
+"""The GGUF language model tokenises, answers and formats prompts as the checkpoint does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llava_edge.bundle import PromptFormat
+from llava_edge.convert.checkpoint import Weights, open_checkpoint
+from llava_edge.convert.llm import chat_template, interleave_rope, write_llm
+from llava_edge.convert.parity import LLM_LIMITS, TIE, Case, make_cases, measure_llm, measure_tokenizer, pictures
+from llava_edge.convert.reference import Reference, load_tokenizer
+from llava_edge.convert.tokenizer import pre_tokenizer_name
+from llava_edge.engine import Engine
+from llava_edge.errors import InputError
+
+SCAFFOLD = ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
+
+
+def load(directory: Path, work: Path, weights: Weights | None = None) -> Engine:
+    path = work / "llm-F16.gguf"
+    write_llm(open_checkpoint(directory), weights or Weights(directory), load_tokenizer(directory), path)
+    return Engine(path, n_ctx=256, n_threads=2, n_gpu_layers=0)
+
+
+def cases_of(directory: Path) -> list[Case]:
+    checkpoint = open_checkpoint(directory)
+    reference = Reference(checkpoint)
+    embeddings = [reference.encode(picture) for picture in pictures(56)]
+    return make_cases(reference, load_tokenizer(directory), checkpoint.description, embeddings)
+
+
+def greedy_text(engine: Engine, case: Case) -> list[int]:
+    engine.truncate(0)
+    engine.decode_tokens(case.before)
+    engine.decode_embeddings(case.picture)
+    engine.decode_tokens(case.after)
+    tokens = [int(engine.logits().argmax())]
+    while len(tokens) < len(case.tokens):
+        engine.decode_tokens(tokens[-1:])
+        tokens.append(int(engine.logits().argmax()))
+    return tokens
+
+
+def same_up_to_a_tie(answer: list[int], case: Case) -> bool:
+    for token, expected, logits in zip(answer, case.tokens, case.logits, strict=True):
+        if token != expected:
+            return bool(logits[expected] - logits[token] <= TIE)
+    return True
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_at_f16_the_greedy_answer_is_the_references(
+    tied: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = make_checkpoint(tied=tied)
+    cases = cases_of(directory)
+    engine = load(directory, tmp_path)
+    parity = measure_llm(engine, cases)
+    answers = [greedy_text(engine, case) for case in cases]
+    engine.close()
+    assert all(same_up_to_a_tie(answer, case) for answer, case in zip(answers, cases, strict=True))
+    assert len({token for case in cases for token in case.tokens}) > 10
+    assert parity.top1_agreement + parity.ties / parity.tokens == pytest.approx(1.0)
+    assert parity.kl_max < 1e-3
+    assert parity.failures(LLM_LIMITS["F16"]) == []
+
+
+def test_unpermuted_queries_are_caught(checkpoint_dir: Path, tmp_path: Path) -> None:
+    class Unpermuted(Weights):
+        def take(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+            weight = super().take(name)
+            if name.endswith("layers.1.self_attn.q_proj.weight"):
+                return interleave_rope(weight.copy(), 4)
+            return weight
+
+    engine = load(checkpoint_dir, tmp_path, Unpermuted(checkpoint_dir))
+    failures = measure_llm(engine, cases_of(checkpoint_dir)).failures(LLM_LIMITS["F16"])
+    engine.close()
+    assert any("KL divergence" in words for words in failures)
+
+
+@pytest.mark.parametrize("digits", [True, False])
+def test_token_ids_are_those_of_transformers(
+    digits: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = make_checkpoint(digits=digits)
+    engine = load(directory, tmp_path)
+    parity = measure_tokenizer(engine, load_tokenizer(directory), SCAFFOLD)
+    plain = engine.tokenize("<|im_end|>", special=False)
+    end = engine.tokenize("<|im_end|>", special=True)
+    assert parity.first_difference is None
+    assert parity.identical == parity.texts
+    assert len(plain) > 1
+    assert end == [2]
+    assert engine.is_end(2)
+    assert engine.is_control(1)
+    assert engine.bos == ""
+    engine.close()
+
+
+def test_a_foreign_way_of_splitting_text_is_refused() -> None:
+    assert pre_tokenizer_name({"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}) == "gpt-2"
+    for foreign in (
+        None,
+        {"type": "Metaspace"},
+        {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True},
+        {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": False}, {"type": "ByteLevel"}]},
+    ):
+        with pytest.raises(InputError, match="pre_tokenizer is"):
+            pre_tokenizer_name(foreign)
+
+
+def test_the_chat_template_writes_the_prompt_format() -> None:
+    prompt = PromptFormat(
+        bos="",
+        system='<|im_start|>system\n{system} "quoted"<|im_end|>\n',
+        default_system=None,
+        user_prefix="<|im_start|>user\n",
+        user_suffix="<|im_end|>\n",
+        assistant_prefix="<|im_start|>assistant\n",
+        turn_end="<|im_end|>\n",
+        stop=("<|im_end|>",),
+        image_suffix="\n",
+    )
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(prompt))
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "{{ three }}"},
+    ]
+    body = (
+        "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+        "<|im_start|>user\n{{ three }}<|im_end|>\n"
+    )
+    assert template.render(messages=turns, add_generation_prompt=False) == body
+    assert template.render(messages=turns, add_generation_prompt=True) == body + "<|im_start|>assistant\n"
+    system = [{"role": "system", "content": "Be brief."}, *turns]
+    expected = f'<|im_start|>system\nBe brief. "quoted"<|im_end|>\n{body}'
+    assert template.render(messages=system, add_generation_prompt=False) == expected
+
+
+def test_every_head_is_interleaved_by_itself() -> None:
+    rows = np.arange(12, dtype=np.float32)[:, None]
+    assert interleave_rope(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
