@@ -91,6 +91,11 @@ class Engine:
         self._check_open()
         return self._model
 
+    @property
+    def _vocab(self) -> Any:
+        self._check_open()
+        return self._vocab_pointer
+
     # The tokenizer
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
@@ -157,7 +162,7 @@ class Engine:
     @property
     def chat_template(self) -> str | None:
         """The Jinja template in the file."""
-        raw: bytes | None = self._library.llama_model_chat_template(self._model, None)
+        raw: bytes | None = self._library.llama_model_chat_template(self.model_pointer, None)
         return raw.decode("utf-8", "replace") if raw else None
 
     # Evaluation
@@ -191,6 +196,7 @@ class Engine:
             raise EngineError(f"embeddings have the shape {list(rows.shape)}; expected [tokens, {self.n_embd}]")
         if not causal and len(rows) > self.n_batch:
             raise EngineError(f"a picture of {len(rows)} tokens that all see each other needs n_batch = {len(rows)}")
+        self._check_open()
         places = self._places(len(rows), positions)
         self._library.llama_set_causal_attn(self._context, causal)
         try:
@@ -212,6 +218,7 @@ class Engine:
 
     def logits(self) -> NDArray[np.float32]:
         """A copy of the last evaluated token's logits, ``float32 [V]``."""
+        self._check_open()
         pointer = self._library.llama_get_logits_ith(self._context, -1)
         if not pointer:
             raise EngineError("there are no logits: the last batch was evaluated without them")
@@ -219,10 +226,11 @@ class Engine:
 
     def truncate(self, n_past: int) -> bool:
         """Forget everything from a position on. False: the model can't, and everything is forgotten."""
+        self._check_open()
         memory = self._library.llama_get_memory(self._context)
-        kept = bool(self._library.llama_memory_seq_rm(memory, 0, n_past, -1))
+        kept = self.worker.run(lambda: bool(self._library.llama_memory_seq_rm(memory, 0, n_past, -1)))
         if not kept:
-            self._library.llama_memory_clear(memory, True)
+            self.worker.run(lambda: self._library.llama_memory_clear(memory, True))
         self.n_past = n_past if kept else 0
         return kept
 
@@ -261,8 +269,8 @@ class Engine:
             )
         if library.llama_model_has_encoder(self._model) or not library.llama_model_has_decoder(self._model):
             raise ModelError(f"{self.path} is not a decoder-only language model")
-        self._vocab = library.llama_model_get_vocab(self._model)
-        self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab)
+        self._vocab_pointer = library.llama_model_get_vocab(self._model)
+        self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab_pointer)
         self.n_embd: int = library.llama_model_n_embd_inp(self._model)
         self.n_ctx_train: int = library.llama_model_n_ctx_train(self._model)
         self.uses_mrope: bool = library.llama_model_rope_type(self._model) in (_MROPE, _IMROPE)

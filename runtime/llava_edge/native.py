@@ -14,6 +14,7 @@ import queue
 import re
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -77,39 +78,56 @@ def errors() -> list[str]:
     return [re.sub(r"^\w+: (error: )?", "", line) for line in _recent_errors]
 
 
+class _Job:
+    """A call, and what became of it."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self.cancelled = False
+        self.result: Any = None
+        self.failure: BaseException | None = None
+        self._call = call
+        self._running = threading.Lock()
+        self._running.acquire()
+
+    def run(self) -> None:
+        try:
+            if not self.cancelled:
+                self.result = self._call()
+        except BaseException as error:
+            self.failure = error
+        self._running.release()
+
+    def wait(self) -> None:
+        self._running.acquire()
+
+
 class Worker:
-    """One thread that makes the calls. ``aborting`` is true while a call has been asked to stop."""
+    """One thread that makes the calls, in the order in which they come."""
 
     def __init__(self) -> None:
-        self.aborting = False
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._current: _Job | None = None
         threading.Thread(target=self._work, name="llava-edge", daemon=True).start()
+
+    @property
+    def aborting(self) -> bool:
+        """Whether the call that runs now has been asked to stop."""
+        return self._current is not None and self._current.cancelled
 
     def run(self, call: Callable[[], T]) -> T:
         """The call's result. An interruption of the waiting thread stops the call, then goes on to the caller."""
-        results: list[T] = []
-        failures: list[BaseException] = []
-        done = threading.Lock()
-        done.acquire()
-
-        def job() -> None:
-            try:
-                results.append(call())
-            except BaseException as error:
-                failures.append(error)
-            done.release()
-
-        with self._lock:
+        job = _Job(call)
+        try:
             self._jobs.put(job)
-            try:
-                done.acquire()
-            except BaseException:
-                self._stop_and_wait(done)
-                raise
-        if failures:
-            raise failures[0]
-        return results[0]
+            job.wait()
+        except BaseException:
+            job.cancelled = True
+            self._settle()
+            raise
+        if job.failure is not None:
+            raise job.failure
+        result: T = job.result
+        return result
 
     def close(self) -> None:
         """End the thread when its work is done."""
@@ -117,18 +135,20 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            self._current = job
+            job.run()
+            self._current = None
 
-    def _stop_and_wait(self, done: threading.Lock) -> None:
-        """The call still uses the caller's memory, so further interruptions wait until it has ended."""
-        self.aborting = True
-        while True:
+    def _settle(self) -> None:
+        """Wait for all calls before. They use the caller's memory, so further interruptions have to wait too."""
+        idle: list[bool] = []
+        while not idle:
             try:
-                done.acquire()
-                break
+                self._jobs.put(_Job(lambda: idle.append(True)))
+                while not idle:
+                    time.sleep(0.001)
             except KeyboardInterrupt:
                 continue
-        self.aborting = False
 
 
 def default_threads() -> int:

@@ -164,8 +164,18 @@ def test_a_closed_engine_says_so(tiny_llm: Path) -> None:
     engine = Engine(tiny_llm, n_threads=1, n_ctx=64)
     engine.close()
     engine.close()
-    with pytest.raises(LlavaEdgeError, match="closed"):
-        engine.decode_tokens([5])
+    for call in (
+        lambda: engine.decode_tokens([5]),
+        lambda: engine.tokenize("a", special=False),
+        lambda: engine.piece(5),
+        lambda: engine.is_end(5),
+        lambda: engine.chat_template,
+        lambda: engine.truncate(0),
+        lambda: engine.logits(),
+        lambda: engine.decode_embeddings(embeddings(2)),
+    ):
+        with pytest.raises(LlavaEdgeError, match="closed"):
+            call()
 
 
 def test_llama_cpp_is_quiet(tiny_llm: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,7 @@ class MtmdEncoder:
         """Everything that a picture becomes in this model's prompt, in order."""
         if not self._context:
             raise ModelError(f"the vision tower {self.path} is closed")
+        _ = self._engine.model_pointer  # raises if the language model is closed
         with self._split(image) as chunks:
             return tuple(self._read(chunk) for chunk in chunks)
 
