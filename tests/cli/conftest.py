@@ -32,7 +32,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of the processes: own caches, no colours, no settings of the person who runs the tests."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAVA_EDGE_")}
     home = str(tmp_path_factory.mktemp("home"))
-    return {**kept, "LLAVA_EDGE_HOME": home, "HOME": home, "TERM": "dumb", "PYTHONUTF8": "1"}
+    own = {"LLAVA_EDGE_HOME": home, "HOME": home, "TERM": "dumb", "PYTHONUTF8": "1"}
+    # Threads that wait don't spin, so that a busy machine makes the tests slower and not many times slower.
+    return {**kept, **own, "OMP_WAIT_POLICY": "passive"}
 
 
 @pytest.fixture(scope="session")

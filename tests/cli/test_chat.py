@@ -124,17 +124,18 @@ def test_the_files_work_as_a_raw_pair(run, cat, nano):
 
 
 def test_a_reader_that_leaves_early_is_no_error(environment, cat, command):
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "chat", "--image", cat, "-p", "Describe this picture."],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
-    )
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait(60) == 1
+        text=True,
+    ) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 1
+    assert err == ""
 
 
 def test_ctrl_c_ends_it_quietly(environment, command):
