@@ -5,7 +5,7 @@ Shapes: B rows, S positions, P patches, F width of the features, D width of the 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -38,6 +38,22 @@ def pool_tokens(embeddings: torch.Tensor, tokens: int) -> torch.Tensor:
     return grid.mean(dim=(2, 4)).reshape(batch, tokens, width)
 
 
+@torch.no_grad()
+def unfold_standardisation(projector: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Make a projector that reads x read (x - mean) / std, without changing what it computes."""
+    first = cast(nn.Linear, projector.linear_1)
+    first.bias.add_(first.weight @ mean)
+    first.weight.mul_(std)
+
+
+@torch.no_grad()
+def fold_standardisation(projector: nn.Module, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Undo :func:`unfold_standardisation`."""
+    first = cast(nn.Linear, projector.linear_1)
+    first.weight.div_(std)
+    first.bias.sub_(first.weight @ mean)
+
+
 class Trainee(nn.Module):
     """Projector and LLM. The LLM's frozen weights are held in bfloat16, what is trained in float32."""
 
@@ -66,19 +82,13 @@ class Trainee(nn.Module):
 
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Take features as (x - mean) / std from here on, without changing what the projector computes."""
-        first = self.projector.linear_1
-        with torch.no_grad():
-            first.bias.add_(first.weight @ mean)
-            first.weight.mul_(std)
+        unfold_standardisation(self.projector, mean, std)
         self.feature_shift.copy_(mean)
         self.feature_scale.copy_(std)
 
     def fold_standardisation(self) -> None:
         """Undo :meth:`standardise`: the projector reads plain features again."""
-        first = self.projector.linear_1
-        with torch.no_grad():
-            first.weight.div_(self.feature_scale)
-            first.bias.sub_(first.weight @ self.feature_shift)
+        fold_standardisation(self.projector, self.feature_shift, self.feature_scale)
         self.feature_shift.zero_()
         self.feature_scale.fill_(1)
 

@@ -1,6 +1,7 @@
 """Everything that nano's two stages start from: ``python -m llava_edge.train_gpu.prepare_nano --help``.
 
-It unpacks the pictures, builds the samples, assembles the starting checkpoint and encodes every picture once.
+It unpacks the pictures, builds the samples, assembles the starting checkpoint, encodes every picture once and brings
+the projector near the language model's words.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import click
 
 from llava_edge.train_gpu import checkpoint, features, parts
 from llava_edge.train_gpu.datagen import nano
+from llava_edge.train_gpu.words import align_words
 from llava_edge.types import ImageSpec
 
 ARCHIVES = ("flickr8k-train", "caltech101-train", "cats-dogs-train", "imagenet-1000")
@@ -87,6 +89,8 @@ def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, s
     model = parts.assemble(parts.dinov2_small_from_onnx(tower, IMAGE.size), model_llm, tokenizer, FEATURE_LAYERS)
     cache = features.build_cache(model, IMAGE, root, names, output / "features")
     parts.initialise_projector(model, *cache.statistics(), seed=seed)
+    every = [sample for source in samples.values() for sample in source]
+    align_words(model, cache, every, tokenizer, seed=seed)
     checkpoint.save_checkpoint(output / "base", model, tokenizer, DESCRIPTION)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,7 +76,7 @@ def _run(
     questions = questions[:limit]
     with (
         llava_edge.load(model, image_tokens=image_tokens, n_threads=threads) as loaded,
-        click.progressbar(questions, label=loaded.name, file=click.get_text_stream("stderr"), hidden=quiet) as progress,
+        click.progressbar(questions, label=loaded.name, file=sys.stderr, hidden=quiet) as progress,
     ):
         said = ask_all(loaded, progress, max_tokens=max_tokens)
         summary = {"model": loaded.name, "image_tokens": loaded.image_tokens, **score(said)}
