@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from llava_edge.errors import LlavaEdgeError, ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
 
 DEFAULT_CTX = 4096
 # llama_token_attr, llama_vocab_type and ggml's rope types
@@ -295,6 +298,8 @@ class Engine:
                 f"no room for a context of {params.n_ctx} tokens{_because()}", hint="Take a smaller n_ctx."
             )
         self.n_ctx: int = library.llama_n_ctx_seq(self._context)
+        if self.n_ctx > self.n_ctx_train:
+            log.warning("a context of %d tokens; the model has learnt with %d", self.n_ctx, self.n_ctx_train)
         self.n_batch: int = library.llama_n_batch(self._context)
 
     def _attributes(self, token: int) -> int:

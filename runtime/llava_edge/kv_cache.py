@@ -33,7 +33,7 @@ class Prefill:
 @dataclass(frozen=True)
 class _Entry:
     unit: Unit
-    tokens: int
+    tokens: int  # in the cache up to the unit's end
     end: int  # position after the unit
 
 
@@ -47,7 +47,7 @@ class KvCache:
     @property
     def tokens(self) -> int:
         """Tokens in the cache."""
-        return sum(entry.tokens for entry in self._entries)
+        return self._entries[-1].tokens if self._entries else 0
 
     @property
     def free(self) -> int:
@@ -116,7 +116,7 @@ class KvCache:
         except BaseException:
             engine.truncate(start)
             raise
-        self._entries.append(_Entry(unit, tokens, engine.n_past))
+        self._entries.append(_Entry(unit, self.tokens + tokens, engine.n_past))
 
     def _evaluate_image(self, image: EncodedImage, last: bool) -> None:
         for index, chunk in enumerate(image.chunks):

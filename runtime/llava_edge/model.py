@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llava_edge.chat_template import TemplateFormat
+    from llava_edge.generate import Generation
     from llava_edge.images import ImageSource
     from llava_edge.session import ChatSession
     from llava_edge.vision.mtmd import MtmdEncoder
@@ -119,7 +119,7 @@ class Model:
         self.image_tokens = parts.image_tokens
         self.engine = engine
         self.cache = KvCache(engine)
-        self.busy = threading.Lock()
+        self.answering: Generation | None = None
         self._parts = parts
         self._encoder: MtmdEncoder | None = None
         self._encoded: OrderedDict[str, EncodedImage] = OrderedDict()

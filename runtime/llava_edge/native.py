@@ -9,10 +9,9 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import platform
 import queue
 import re
-import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -55,9 +54,9 @@ def mtmd() -> Any:
 
 def version() -> str:
     """The version of llama-cpp-python, which stands for the llama.cpp that it holds."""
-    from importlib.metadata import version as installed
+    import llama_cpp
 
-    return installed("llama-cpp-python")
+    return str(llama_cpp.__version__)
 
 
 def _on_log(level: int, text: bytes, _data: Any) -> None:
@@ -153,7 +152,9 @@ class Worker:
 
 def default_threads() -> int:
     """Threads that compute fastest: one a physical core (a performance core on Apple silicon) that may be used."""
-    if platform.system() == "Darwin":
+    if sys.platform == "darwin":
+        import subprocess
+
         for key in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
             found = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, check=False).stdout
             if found.strip().isdigit():

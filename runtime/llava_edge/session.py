@@ -178,11 +178,12 @@ class ChatSession:
         started: float,
     ) -> Generator[Chunk, None, None]:
         model = self._model
-        if not model.busy.acquire(blocking=False):
-            raise InputError("the model is answering in another chat", hint="Finish or close that stream first.")
         generation = Generation()
         turn = None
+        if model.answering is not None:
+            raise InputError("the model is answering in another chat", hint="Finish or close that stream first.")
         try:
+            model.answering = generation
             clock = _Clock(started)
             turn, prefill = self._prepare(text, sources, clock)
             pieces = generate(
@@ -204,7 +205,7 @@ class ChatSession:
                 self._commit(turn, generation)
             raise
         finally:
-            model.busy.release()
+            model.answering = None
 
     def _prepare(self, text: str, sources: Sequence[ImageSource], clock: _Clock) -> tuple[_Turn, Prefill]:
         """Everything up to the logits of the first token. Nothing of the conversation changes."""
@@ -256,9 +257,13 @@ class ChatSession:
         return sum(len(turn.pictures) for turn in self._turns) + len(self._pending)
 
     def _stop_stream(self) -> None:
-        stream, self._stream = self._stream, None
+        stream = self._stream
         if stream is not None:
-            stream.close()
+            try:
+                stream.close()
+            except ValueError:
+                raise InputError("this chat is answering in another thread") from None
+        self._stream = None
 
 
 def _rate(count: int, seconds: float) -> float | None:

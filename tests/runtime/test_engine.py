@@ -185,23 +185,25 @@ def test_llama_cpp_is_quiet(tiny_llm: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
-def interrupt_soon(seconds: float, times: int = 1) -> None:
+def interrupt_soon(seconds: float, times: int = 1) -> threading.Thread:
     def strike() -> None:
         for _ in range(times):
             time.sleep(seconds)
             os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=strike, daemon=True).start()
+    thread = threading.Thread(target=strike)
+    thread.start()
+    return thread
 
 
 def test_control_c_stops_a_prefill_and_leaves_the_cache_usable(make_llm: Callable[..., Path]) -> None:
-    engine = Engine(make_llm(context=32768), n_ctx=16384, n_threads=1)
+    engine = Engine(make_llm(context=65536), n_ctx=60_000, n_threads=1)
     fresh = logits_of(engine, TOKENS[:5], TOKENS[5:])
     engine.truncate(0)
     engine.decode_tokens(TOKENS[:5])
     interrupt_soon(0.05)
     with pytest.raises(KeyboardInterrupt):
-        engine.decode_tokens([50] * 16_000)
+        engine.decode_tokens([50] * 59_000)
     assert engine.n_past == 5
     engine.decode_tokens(TOKENS[5:])
     assert engine.logits().tobytes() == fresh.tobytes()
@@ -214,12 +216,11 @@ def test_a_call_is_not_left_while_it_runs() -> None:
     over: list[bool] = []
 
     def call() -> None:
-        while not worker.aborting:
+        striker = interrupt_soon(0.05, times=3)
+        while not worker.aborting or striker.is_alive():
             time.sleep(0.001)
-        time.sleep(0.2)
         over.append(True)
 
-    interrupt_soon(0.05, times=3)
     with pytest.raises(KeyboardInterrupt):
         worker.run(call)
     assert over == [True]

@@ -177,6 +177,30 @@ def test_one_model_answers_one_chat_at_a_time(tiny_model: llava_edge.Model) -> N
     assert second.ask("Why?", max_tokens=2).usage.completion_tokens <= 2
 
 
+def test_a_chat_answers_in_one_thread_at_a_time(chat: ChatSession) -> None:
+    refused: list[str] = []
+
+    def interfere() -> None:
+        try:
+            chat.ask("Why?")
+        except InputError as error:
+            refused.append(str(error))
+
+    original = chat._model.cache.append
+
+    def append(token: int) -> None:
+        if not refused:
+            other = threading.Thread(target=interfere)
+            other.start()
+            other.join()
+        original(token)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat._model.cache, "append", append)
+        assert chat.ask("What is it?", max_tokens=4).usage.completion_tokens == 4
+    assert refused == ["this chat is answering in another thread"]
+
+
 def test_turns_tell_the_conversation(chat: ChatSession, pictures: list[Path]) -> None:
     chat.add_image(pictures[0])
     first = chat.ask("What is it?", [np.zeros((8, 8, 3), np.uint8)], max_tokens=3)
