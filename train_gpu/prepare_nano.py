@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ DESCRIPTION: dict[str, Any] = {
 }
 
 
+def copy_held_out(root: Path, output: Path) -> None:
+    """Copy the pets that are never trained on to ``output/cat`` and ``output/dog``, for ``llava-edge eval animals``."""
+    for name, noun in nano.held_out_pets(root):
+        (output / noun).mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, output / noun)
+
+
 def unpack(archives: Path, root: Path) -> None:
     """Unpack each archive into a folder of its own name; one that is there already is left alone."""
     for name in ARCHIVES:
@@ -72,7 +80,7 @@ def unpack(archives: Path, root: Path) -> None:
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to work in.")
 @click.option("--seed", default=1, show_default=True)
 def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, seed: int) -> None:
-    """Prepare OUTPUT: pictures, samples.json, base/ and features/. Then run the recipes in OUTPUT."""
+    """Prepare OUTPUT: pictures, held-out pets, samples.json, features/ and base/. Then run the recipes in OUTPUT."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = output / "pictures"
     root.mkdir(parents=True, exist_ok=True)
@@ -80,6 +88,7 @@ def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, s
     if not (root / "easyvqa").exists():
         (root / "easyvqa").symlink_to(easy_vqa.resolve())
 
+    copy_held_out(root, output / "held-out")
     samples = nano.build(root, archives / "flickr8k-captions.json", seed)
     (output / "samples.json").write_text(json.dumps(samples))
     names = sorted({sample["image"] for source in samples.values() for sample in source})

@@ -33,8 +33,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLAVA_EDGE_")}
     home = str(tmp_path_factory.mktemp("home"))
     own = {"LLAVA_EDGE_HOME": home, "HOME": home, "TERM": "dumb", "PYTHONUTF8": "1"}
-    # Threads that wait don't spin, so that a busy machine makes the tests slower and not many times slower.
-    return {**kept, **own, "OMP_WAIT_POLICY": "passive"}
+    return {**kept, **own}
 
 
 @pytest.fixture(scope="session")
