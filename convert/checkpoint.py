@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_edge.bundle import PromptFormat, VisualTokens, image_from_fields, prompt_from_fields
 from llava_edge.bundle import visual_tokens_from_fields as tokens_from_fields
-from llava_edge.errors import InputError, MissingExtraError
+from llava_edge.errors import InputError, require_extra
 from llava_edge.strict_json import Fields, parse_object
 from llava_edge.types import ImageSpec
 
@@ -71,10 +71,9 @@ class Checkpoint:
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read the configuration and refuse, by the name of the field, what this version can't convert faithfully."""
-    try:
-        from transformers import LlavaConfig
-    except ImportError as error:
-        raise missing_extra(error) from None
+    require_extra("convert", "torch", "transformers", "safetensors")
+    from transformers import LlavaConfig
+
     raw = _read_json(directory / "config.json")
     if raw.get("model_type") != "llava":
         raise _unsupported("model_type", raw.get("model_type"), "llava")
@@ -133,13 +132,6 @@ def _unsupported(field: str, value: object, supported: object) -> InputError:
     )
 
 
-def missing_extra(error: ImportError) -> MissingExtraError:
-    """The error for a package that the extra ``convert`` brings."""
-    return MissingExtraError(
-        f"converting needs the package {error.name}", hint="Install it with: pip install 'llava-edge[convert]'"
-    )
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -178,10 +170,8 @@ class Weights:
     """
 
     def __init__(self, directory: Path) -> None:
-        try:
-            from safetensors import SafetensorError, safe_open
-        except ImportError as error:
-            raise missing_extra(error) from None
+        from safetensors import SafetensorError, safe_open
+
         self._where: dict[str, tuple[Any, str]] = {}
         self._taken: set[str] = set()
         for path in _shards(directory):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_edge import native
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, Probe, Role, sha256_file
 from llava_edge.convert import publish
-from llava_edge.convert.checkpoint import Checkpoint, Weights, missing_extra, open_checkpoint
+from llava_edge.convert.checkpoint import Checkpoint, Weights, open_checkpoint
 from llava_edge.convert.quantize import LLM_TYPES, MMPROJ_TYPES, Quantized, check_type, describe, quantize
 from llava_edge.errors import InputError, ModelError
 
@@ -83,11 +83,9 @@ class Conversion:
         return self.output.with_name(self.output.name + ".parity.json")
 
     def _make(self, checkpoint: Checkpoint, work: Path) -> tuple[dict[str, Quantized], Manifest]:
-        try:
-            from llava_edge.convert.gate import Gate
-            from llava_edge.convert.reference import Reference, load_tokenizer
-        except ImportError as error:
-            raise missing_extra(error) from None
+        from llava_edge.convert.gate import Gate
+        from llava_edge.convert.reference import Reference, load_tokenizer
+
         tokenizer = load_tokenizer(checkpoint.directory)
         self._write_floats(checkpoint, tokenizer, work)
         self.say("loading the reference")

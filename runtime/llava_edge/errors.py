@@ -41,5 +41,6 @@ def require_extra(extra: str, *modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingExtraError(
-            f"{' and '.join(missing)} not installed", hint=f"Install the extra with: pip install 'llava-edge[{extra}]'"
+            f"this needs {', '.join(missing)}, which the extra {extra!r} brings",
+            hint=f"Run in a clone of the repository: pip install '.[{extra}]'",
         )
