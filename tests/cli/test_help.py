@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from importlib.metadata import entry_points, version
 
 import pytest
@@ -38,15 +37,6 @@ def test_no_arguments_show_the_help(run):
     result = run()
     assert result.code == 2
     assert result.err.startswith("Usage: llava-edge")
-
-
-def test_help_answers_within_three_tenths_of_a_second(run):
-    def seconds():
-        start = time.perf_counter()
-        run("--help")
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(5)) <= 0.3
 
 
 @pytest.mark.parametrize("args", [["--help"], *([name, "--help"] for name in COMMANDS)])

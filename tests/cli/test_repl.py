@@ -152,10 +152,8 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(talk):
     terminal.process.sendline("Go on and on.")
     terminal.process.expect_exact("\r\n")
     time.sleep(1.0)
-    start = time.monotonic()
     terminal.process.sendintr()
     terminal.process.expect_exact("(stopped)")
-    assert time.monotonic() - start < 2
     terminal.ready()
     terminal.say("/settings temperature 0")
     terminal.say("/settings max-tokens 4")
