@@ -33,9 +33,9 @@ _keep_alive: list[Any] = []
 def _patient_threads() -> Iterator[None]:
     """Let OpenMP's threads spin only briefly before they sleep, unless the environment says how they wait.
 
-    GNU's OpenMP reads this when it is loaded. By default a waiting thread spins for milliseconds: with one other busy
-    process on two cores nano then wrote 0.3 tokens/s instead of 39. On an idle machine nothing is lost (161 against
-    149 tokens/s), while sleeping at once (``OMP_WAIT_POLICY=passive``) would cost two thirds.
+    GNU's OpenMP reads this when it is loaded. By default a waiting thread spins for milliseconds: with two other
+    busy processes on two cores nano then wrote 0.3 tokens/s instead of 35. On an idle machine nothing is lost
+    (161 against 147), while sleeping at once (``OMP_WAIT_POLICY=passive``) would cost two thirds.
     """
     if "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ:
         yield
