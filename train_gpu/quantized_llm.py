@@ -8,6 +8,7 @@ projector to speak to them. Quantising the result again gives the same file, but
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import click
@@ -31,7 +32,7 @@ def put_back(model: LlavaForConditionalGeneration, gguf: Path) -> float:
     size = sum(float(tensor.square().sum()) for tensor in new.values())
     model.model.language_model.load_state_dict(new)
     model.lm_head.load_state_dict(llm.lm_head.state_dict())
-    return (change / size) ** 0.5
+    return math.sqrt(change / size)
 
 
 @click.command()
