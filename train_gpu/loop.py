@@ -2,155 +2,383 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import logging
-import math
+import os
+import platform
+import resource
+import signal
+import sys
+import threading
 import time
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from llava_edge.errors import LlavaEdgeError
-from llava_edge.train_gpu import checkpoint
-from llava_edge.train_gpu.config import OptimConfig, Recipe
-from llava_edge.train_gpu.data import Mixture
-from llava_edge.train_gpu.features import FeatureCache
+from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.train_gpu import build, checkpoint
+from llava_edge.train_gpu.answers import DevSet
+from llava_edge.train_gpu.content_cache import ContentCache, tower_key
+from llava_edge.train_gpu.data import Mixture, Step, ahead
+from llava_edge.train_gpu.engine import Engine
+from llava_edge.train_gpu.features import FeatureCache, feature_layers, tower_features
+from llava_edge.train_gpu.flops import FlopCounter, peak_flops
+from llava_edge.train_gpu.journal import Journal, LossGuard
 from llava_edge.train_gpu.model import Trainee, merge_into
+from llava_edge.train_gpu.optim import learning_rate_factor, make_optimizer, warmup_share
+from llava_edge.train_gpu.pictures import CachedPictures, Pictures, PixelPictures
+from llava_edge.train_gpu.prompts import Renderer
+from llava_edge.train_gpu.samples import Sample, Skipped, read_source, read_sources
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_edge.train_gpu.config import Recipe
 
 log = logging.getLogger(__name__)
 
 
-def learning_rate_factor(progress: float, warmup: float) -> float:
-    """Linear warm-up over the first part of the run, then a cosine to 0. ``progress`` runs from 0 to 1."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+class Stopped(LlavaEdgeError):
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, number: int, step: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}; the state of step {step} is saved", hint="Go on with --resume.")
+        self.exit_code = 128 + number
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """Run a recipe and return the directory of the finished checkpoint.
 
-    The state is saved every ``save_every`` steps in ``OUTPUT.run``, together with ``log.jsonl``; ``resume`` goes
-    on from there with the weights, the optimiser, the schedule and the order of the data as they were.
+    The state is saved every ``save_every`` steps in ``OUTPUT.run``, together with the log; ``resume`` goes on from
+    there with weights, optimiser, schedule, order of the data and random state as they were. Under ``torchrun`` or
+    ``accelerate launch`` every process calls this.
+
+    Raises
+    ------
+    InputError
+        Something in the recipe or the data is wrong.
+    TrainingError
+        The loss is no number, or jumped.
+    Stopped
+        SIGTERM or SIGINT came; the state is saved.
     """
-    run = _Run(recipe, resume)
+    run = Run(recipe, resume=resume)
     run.loop()
     return run.finish()
 
 
-class _Run:
-    def __init__(self, recipe: Recipe, resume: bool) -> None:
+class Run:
+    """One run of a recipe, from loading to the finished checkpoint."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.directory = Path(recipe.output + ".run")
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.init)
-        self.features = FeatureCache(Path(recipe.data.features))
-        samples = json.loads(Path(recipe.data.samples).read_text())
+        state = checkpoint.last_state(self.directory) if resume else None
+        self.init = _starting_checkpoint(recipe, self.directory)
+        self.tokenizer = build.load_tokenizer(self.init)
+        model = build.load_model(self.init, attn_implementation={"text_config": recipe.scale.attention})
+        before = build.read_or_make_description(self.init, model, self.tokenizer, recipe.data)
+        self.spec = build.image_spec(before, recipe.data.image_mode)
+        self.description = build.trained_description(before, self.spec, self.tokenizer, recipe.data)
+        self.skipped = Skipped(recipe.data.skip_bad)
+        sources = read_sources(recipe.data, self.skipped)
+        renderer = Renderer(self.tokenizer, recipe.data.format, model.config.image_token_id)
+        self.pictures = self._pictures(model)
+        trainee = Trainee(model, recipe, live_tower=not self.pictures.are_features)
+        if recipe.data.features:  # features of one cache, whose statistics are at hand
+            mean, std = FeatureCache(Path(recipe.data.features)).statistics()
+            trainee.standardise(torch.from_numpy(mean), torch.from_numpy(std))
+        self.flops = FlopCounter(trainee)
+        del model
+        self.engine = Engine(trainee, make_optimizer(trainee, recipe.optim), recipe.scale)
         self.mixture = Mixture(
-            samples, self.features, self.tokenizer, recipe.data, recipe.optim.batch_size, recipe.seed
-        )
-        self.trainee = Trainee(_load_model(recipe.init), recipe.lora)
-        mean, std = self.features.statistics()
-        self.trainee.standardise(torch.from_numpy(mean), torch.from_numpy(std))
-        self.optimizer = _optimizer(self.trainee, recipe.optim)
-        self.step = 0
-        self.seconds = 0.0
-        if resume:
-            self._restore()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+            sources, self.pictures, renderer, recipe.data, recipe.optim,
+            grid_tokens=before["visual_tokens"]["full"], seed=recipe.seed, skipped=self.skipped,
+        )  # fmt: skip
+        asked = read_source(recipe.dev.source, self.skipped)[: recipe.dev.count] if recipe.dev else []
+        self._fill_cache(asked)
+        self.dev = DevSet(asked, recipe, renderer, self.mixture) if asked else None
+        self.guard = LossGuard(self.directory, recipe.optim.spike_factor)
+        self.step, self.seconds = 0, 0.0
+        if state is not None:
+            self._restore(state)
+        self.journal = Journal(self.directory, self.step) if self.engine.main else None
+        if self.engine.main:
+            _write_provenance(self.directory, recipe, self.engine.world)
+
+    def _pictures(self, model: LlavaForConditionalGeneration) -> Pictures:
+        data = self.recipe.data
+        if data.features:
+            return CachedPictures(FeatureCache(Path(data.features)))
+        if not data.cache_features:
+            return PixelPictures(self.spec)
+        config = model.config
+        self._tower = model.model.vision_tower
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        width = config.vision_config.hidden_size * len(feature_layers(config))
+        key = tower_key(self._tower, config, self.spec)
+        return CachedPictures(ContentCache(Path(data.cache_features) / key, (patches, width)))
+
+    def _fill_cache(self, more: list[Sample]) -> None:
+        """Encode the pictures that a content cache lacks, on the main process."""
+        if not self.recipe.data.cache_features or not isinstance(self.pictures, CachedPictures):
+            return
+        cache, device = self.pictures.cache, self.engine.device
+        assert isinstance(cache, ContentCache)
+        tower, config = self._tower.to(device), self.engine.trainee.config
+        dtype = next(tower.parameters()).dtype
+
+        @torch.inference_mode()
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            return tower_features(tower, config, pixels.to(device, dtype))
+
+        if self.engine.main:
+            every = (picture for sample in (*self.mixture.samples, *more) for picture in sample.pictures)
+            cache.fill(every, encode, self.spec, self.skipped)
+        del self._tower
+        self.engine.wait()
+        cache.reopen()
 
     def progress(self) -> float:
         """From 0 to 1, by steps or by time, whichever is further on."""
-        optim = self.recipe.optim
-        by_time = self.seconds / (60 * optim.max_minutes) if optim.max_minutes else 0.0
-        return max(self.step / optim.steps, by_time)
+        minutes = self.recipe.optim.max_minutes
+        return max(self.step / self.mixture.steps, self.seconds / (60 * minutes) if minutes else 0.0)
 
     def loop(self) -> None:
-        recipe, optim = self.recipe, self.recipe.optim
-        trained = [p for p in self.trainee.parameters() if p.requires_grad]
-        log.info("%s: %.2f M trained parameters", recipe.stage, sum(p.numel() for p in trained) / 1e6)
-        self.trainee.train()
-        batches = self.mixture.from_step(self.step)
-        while self.progress() < 1:
-            began = time.monotonic()
-            batch = next(batches)
-            factor = learning_rate_factor(self.progress(), optim.warmup_ratio)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            with torch.autocast("cpu", torch.bfloat16):
-                total, labels = self.trainee(batch)
-            loss = total / labels
-            if not torch.isfinite(loss):
-                raise LlavaEdgeError(
-                    f"the loss is {loss.item()} at step {self.step}; pictures of the batch: {', '.join(batch.names)}",
-                    hint="Lower optim.lr, or look at these samples.",
-                )
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            self.seconds += time.monotonic() - began
-            if self.step % recipe.log_every == 0:
-                self._log(loss.item(), float(norm), factor, labels, time.monotonic() - began)
-            if self.step % recipe.save_every == 0:
-                self._save()
+        """Run until the steps or the minutes are over."""
+        recipe, engine = self.recipe, self.engine
+        count = sum(p.numel() for p in engine.trained)
+        log.info("%s: %.2f M trained parameters, %d samples", recipe.stage, count / 1e6, self.mixture.n_items)
+        engine.forward.train()
+        steps = ahead(
+            lambda number: self.mixture.step(number, engine.rank, engine.world),
+            self.step, self.mixture.steps, recipe.data.workers,
+        )  # fmt: skip
+        meter = _Meter(self)
+        with closing(steps), _signals() as caught:
+            while self.progress() < 1:
+                began = time.monotonic()
+                step = next(steps)
+                meter.waited += time.monotonic() - began
+                labels, stop, *counts = engine.sum([step.n_labels, caught.number, *meter.counts(step)])
+                if stop:
+                    self.save()
+                    raise Stopped(caught.number or signal.SIGTERM, self.step)
+                loss, norm, factor = self._update(step, labels)
+                self.step += 1
+                spent = time.monotonic() - began
+                self.seconds += engine.sum([spent if engine.main else 0.0])[0]
+                meter.add(loss, norm, counts, spent)
+                if self.step % recipe.log_every == 0 or self.progress() >= 1:
+                    meter.write(factor)
+                if self.dev is not None and recipe.dev is not None and self.step % recipe.dev.every == 0:
+                    self._answer()
+                if self.step % recipe.save_every == 0:
+                    self.save()
 
-    def _log(self, loss: float, norm: float, factor: float, labels: int, seconds: float) -> None:
-        record = {
-            "step": self.step,
-            "loss": round(loss, 4),
-            "grad_norm": round(norm, 3),
-            "lr_factor": round(factor, 4),
-            "labels": labels,
-            "step_seconds": round(seconds, 3),
-            "total_seconds": round(self.seconds, 1),
-            "progress": round(self.progress(), 4),
-        }
-        with (self.directory / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        log.info("%s", record)
+    def _update(self, step: Step, labels: float) -> tuple[float, float, float]:
+        """One optimiser step. Returns the mean loss of its labels, the gradient's norm, the schedule's factor."""
+        engine, optim = self.engine, self.recipe.optim
+        factor = learning_rate_factor(self.progress(), warmup_share(self.mixture.steps, optim.warmup_ratio))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        # Processes average their gradients; the loss is the mean over the labels of all of them.
+        scale = engine.world / max(labels, 1)
+        total = torch.zeros((), device=engine.device)
+        for number, batch in enumerate(step.batches, start=1):
+            with engine.accumulate(last=number == len(step.batches)):
+                loss = engine.forward(batch.to(engine.device))
+                (loss * scale).backward()
+            total += loss.detach()
+        mean = engine.sum([float(total)])[0] / max(labels, 1)
+        norm = engine.clip(optim.max_grad_norm)
+        self.guard.check(self.step, mean, norm, step.names)
+        engine.optimizer.step()
+        engine.optimizer.zero_grad(set_to_none=True)
+        return mean, norm, factor
 
-    def _save(self) -> None:
-        state: dict[str, Any] = {
-            "weights": self.trainee.trained_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "random": torch.get_rng_state(),
-        }
-        checkpoint.save_state(self.directory, state)
+    def _answer(self) -> None:
+        assert self.dev is not None
+        answers = self.dev.ask(self.engine)
+        if self.journal is not None:
+            self.journal.answers(self.step, answers)
 
-    def _restore(self) -> None:
-        state = checkpoint.load_state(self.directory)
-        self.trainee.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        torch.set_rng_state(state["random"])
+    def save(self) -> None:
+        """Save the state of this step; every process calls it."""
+        if self.engine.main:
+            checkpoint.begin_state(self.directory, self.step)
+        self.engine.wait()
+        values = {"step": self.step, "seconds": self.seconds, "recent": list(self.guard.recent)}
+        self.engine.save(checkpoint.partial_state(self.directory, self.step), values)
+        self.engine.wait()
+        if self.engine.main:
+            checkpoint.commit_state(self.directory, self.step, self.recipe.keep)
+        self.engine.wait()
+
+    def _restore(self, state: Path) -> None:
+        values = self.engine.restore(state)
+        self.step, self.seconds = values["step"], values["seconds"]
+        self.guard.recent.extend(values["recent"])
         log.info("resumed at step %d", self.step)
 
     def finish(self) -> Path:
-        self._save()
+        """Save the last state, write the finished checkpoint, draw the curve."""
+        self.save()
         output = Path(self.recipe.output)
-        model = _load_model(self.recipe.init)
-        merge_into(self.trainee, model)
-        description = checkpoint.read_description(Path(self.recipe.init))
-        checkpoint.save_checkpoint(output, model, self.tokenizer, description, self.recipe.to_dict())
-        log.info("%d steps in %.0f s, saved as %s", self.step, self.seconds, output)
+        trainee = self.engine.trainee
+        if self.engine.sharded:
+            weights = self.engine.whole_weights()
+            if self.engine.main:
+                shift, scale = trainee.feature_shift.cpu(), trainee.feature_scale.cpu()
+                trainee = Trainee(build.load_model(self.init), self.recipe, live_tower=trainee.tower is not None)
+                trainee.load_state_dict(weights, strict=False)
+                trainee.feature_shift.copy_(shift)
+                trainee.feature_scale.copy_(scale)
+        if self.journal is not None:
+            model = build.load_model(self.init)
+            merge_into(trainee, model)
+            saved = json.loads((self.directory / "recipe.json").read_text())
+            checkpoint.save_checkpoint(output, model, self.tokenizer, self.description, saved)
+            build.copy_companions(self.init, output)
+            self.journal.close()
+            log.info("%d steps in %.0f s, saved as %s", self.step, self.seconds, output)
+            if self.skipped.count:
+                log.warning("%d samples were skipped", self.skipped.count)
+        self.engine.wait()
         return output
 
 
-def _load_model(path: str) -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+class _Meter:
+    """Adds up between two records what a person wants to know."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.peak = peak_flops(run.engine.device, run.recipe.scale.peak_tflops)
+        self.waited = 0.0
+        self._reset()
+
+    def _reset(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.totals = [0.0] * 5
+        self.spent = 0.0
+        self.waited = 0.0
+
+    def counts(self, step: Step) -> list[float]:
+        """Real tokens, all tokens, pictures, operations, truncated samples of this process's part."""
+        return [
+            sum(batch.real_tokens for batch in step.batches),
+            sum(batch.ids.numel() for batch in step.batches),
+            sum(batch.n_pictures for batch in step.batches),
+            sum(self.run.flops.count(batch) for batch in step.batches),
+            step.truncated / self.run.engine.world,  # every process knows all of them
+        ]
+
+    def add(self, loss: float, norm: float, counts: list[float], spent: float) -> None:
+        """Take up one step."""
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.totals = [a + b for a, b in zip(self.totals, counts, strict=True)]
+        self.spent += spent
+
+    def write(self, factor: float) -> None:
+        """Write the record of the steps since the last."""
+        run = self.run
+        real, padded, pictures, flops, truncated = self.totals
+        done = run.progress()
+        record = {
+            "step": run.step,
+            "epoch": round(run.step * run.recipe.optim.batch_size / run.mixture.n_items, 4),
+            "loss": sum(self.losses) / len(self.losses),
+            "lr": run.recipe.optim.lr * factor,
+            "grad_norm": sum(self.norms) / len(self.norms),
+            "tokens_per_second": real / self.spent,
+            "pictures_per_second": pictures / self.spent,
+            "packing_efficiency": real / max(padded, 1),
+            "mfu": flops / self.spent / (self.peak * run.engine.world) if self.peak else None,
+            "input_wait": self.waited / self.spent,
+            "memory_bytes": _memory_bytes(run.engine.device),
+            "truncated": round(truncated),
+            "skipped": run.skipped.count,
+            "step_seconds": self.spent / len(self.losses),
+            "total_seconds": run.seconds,
+            "progress": round(done, 4),
+            "eta_seconds": run.seconds / done * (1 - done) if 0 < done < 1 else 0.0,
+        }
+        if run.journal is not None:
+            run.journal.write(record, run.mixture.steps)
+        self._reset()
 
 
-def _optimizer(trainee: Trainee, optim: OptimConfig) -> torch.optim.AdamW:
-    projector = [p for p in trainee.projector.parameters() if p.requires_grad]
-    adapters = [p for p in trainee.llm.parameters() if p.requires_grad]
-    groups = [{"params": projector, "base_lr": optim.projector_lr or optim.lr}]
-    if adapters:
-        groups.append({"params": adapters, "base_lr": optim.lr})
-    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, betas=(0.9, 0.98))
+class _Caught:
+    number = 0
+
+
+@contextmanager
+def _signals() -> Generator[_Caught]:
+    """SIGTERM and the first SIGINT are noted, for the loop to save and leave; a second SIGINT interrupts at once."""
+    caught = _Caught()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.number = number
+        log.warning("%s: saving after this step", signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """The most that this process has held: of the GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _starting_checkpoint(recipe: Recipe, directory: Path) -> str:
+    if recipe.init is not None:
+        return recipe.init
+    target = directory / "init"
+    if os.environ.get("RANK", "0") == "0":  # before the processes know each other
+        build.assemble_into(target, recipe.model, recipe.data, recipe.seed)
+    deadline = time.monotonic() + 3600
+    while not (target / checkpoint.DESCRIPTION).is_file():
+        if time.monotonic() > deadline:
+            raise InputError(f"the first process has not written {target} within an hour")
+        time.sleep(1)
+    return str(target)
+
+
+def _write_provenance(directory: Path, recipe: Recipe, world: int) -> None:
+    """``recipe.json``: the resolved recipe, the versions, and the hashes of the files of samples."""
+    paths = [recipe.data.samples] if recipe.data.samples else [s.path for s in recipe.data.sources.values()]
+    hashes = {}
+    for path in sorted(file for pattern in paths for file in _files(pattern)):
+        with path.open("rb") as file:
+            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    names = ("torch", "transformers", "accelerate", "peft", "numpy")
+    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+    record = {**recipe.to_dict(), "versions": versions, "data_sha256": hashes, "processes": world}
+    checkpoint.write_text(directory / "recipe.json", json.dumps(record, indent=2) + "\n")
+
+
+def _files(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    return [path] if path.is_file() else sorted(path.parent.glob(path.name))
