@@ -148,7 +148,8 @@ class ContentCache:
         self._data = self.directory / "features.f16"
         self._index = self.directory / "rows.jsonl"
         self._files = self.directory / "files.json"
-        self._data.touch()
+        if not self._data.exists():
+            self._data.touch()
         self.rows = {}
         whole = []
         for line in self._index.read_text().splitlines() if self._index.exists() else []:

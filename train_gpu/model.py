@@ -82,7 +82,8 @@ class Trainee(nn.Module):
         self.head = model.lm_head
         self._choose(recipe)
         if recipe.scale.gradient_checkpointing:
-            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+            enable = getattr(self.llm, "activation_checkpointing_enable", None)  # its name since transformers 5.20
+            (enable or self.llm.gradient_checkpointing_enable)({"use_reentrant": False})
         # What reads the features is scaled to unit inputs for the optimiser; see standardise.
         self.feature_shift: torch.Tensor
         self.feature_scale: torch.Tensor
