@@ -97,6 +97,13 @@ def read_source(source: SourceConfig, skipped: Skipped) -> list[Sample]:
     ]
 
 
+def read_captions(path: Path, split: str) -> Iterator[Caption]:
+    """Captions of Flickr8k (JSON by split, or its lines) or of COCO, told apart by what the file holds."""
+    values = read_json(path) if path.suffix == ".json" else None
+    coco = isinstance(values, dict) and "annotations" in values
+    return _coco(path, split) if coco else _flickr8k(path, split)
+
+
 def _all_llava(items: list[Any], images: Path, skipped: Skipped) -> list[Sample]:
     samples = []
     for item in items:
