@@ -38,13 +38,13 @@ PREPROCESSOR = "preprocessor_config.json"
 COMPANIONS = (PREPROCESSOR, "processor_config.json", "chat_template.jinja", "chat_template.json")
 
 
-def load_model(path: str, **options: Any) -> LlavaForConditionalGeneration:
+def load_model(path: str) -> LlavaForConditionalGeneration:
     """A LLaVA checkpoint in the types that it has on disk."""
     try:
         config = LlavaConfig.from_pretrained(path)
         if config.model_type != "llava":
             raise InputError(f"init {path} is a {config.model_type}; expected a llava checkpoint")
-        return LlavaForConditionalGeneration.from_pretrained(path, dtype="auto", **options)
+        return LlavaForConditionalGeneration.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
         raise InputError(f"init {path} is not a checkpoint that transformers loads: {error}") from None
 

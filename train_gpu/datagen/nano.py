@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -56,7 +57,8 @@ def build(root: Path, captions_file: Path, seed: int = 0) -> dict[str, list[Samp
     """Samples by source. ``root`` holds the unpacked archives, each in a folder of its own name."""
     rng = Random(seed)
     return {
-        "flickr8k": _flickr(root, captions_file, rng),
+        "flickr8k-captions": _flickr_captions(captions_file, rng),
+        "flickr8k-facts": _flickr_facts(captions_file, rng),
         "pets": _pets(root, rng),
         "imagenet": _imagenet(root, rng),
         "caltech101": _caltech(root, rng),
@@ -86,11 +88,31 @@ def _samples(image: str, turns: list[Turn], rng: Random, chained: float = 0.15) 
     return samples
 
 
-def _flickr(root: Path, captions_file: Path, rng: Random) -> list[Sample]:
+def _flickr(captions_file: Path) -> Iterator[tuple[str, list[str]]]:
+    """Picture and its captions as sentences."""
     captions = json.loads(captions_file.read_text())["train"]
-    samples = []
     for name in sorted(captions):
-        samples += _samples(f"flickr8k-train/train/{name}", symbols.caption_turns(captions[name], rng), rng)
+        yield f"flickr8k-train/train/{name}", [s for s in map(symbols.clean_caption, captions[name]) if s]
+
+
+def _flickr_captions(captions_file: Path, rng: Random) -> list[Sample]:
+    samples = []
+    for name, sentences in _flickr(captions_file):
+        turns = [(rng.choice(symbols.BRIEF), sentence) for sentence in sentences]
+        samples += [_sample(name, number, [turn]) for number, turn in enumerate(turns)]
+    return samples
+
+
+def _flickr_facts(captions_file: Path, rng: Random) -> list[Sample]:
+    """Questions on what the captions agree on, some of them as a conversation that may begin with a caption."""
+    samples = []
+    for name, sentences in _flickr(captions_file):
+        turns = symbols.caption_facts(sentences, rng)
+        if turns:
+            samples += [_sample(name, number, [turn]) for number, turn in enumerate(turns)]
+            opening = [(rng.choice(symbols.BRIEF), rng.choice(sentences))] if rng.random() < 0.5 else []
+            chain = opening + rng.sample(turns, min(len(turns), 2))
+            samples.append(_sample(name, len(turns), chain))
     return samples
 
 

@@ -131,14 +131,8 @@ def presence(noun: str, present: bool, rng: Random) -> Turn:
     return question, f"Yes, there is {thing} in the picture." if present else f"No, there is no {noun} in the picture."
 
 
-def caption_turns(captions: Sequence[str], rng: Random) -> list[Turn]:
-    """Questions about a picture of which five captions are known; the captions themselves come first."""
-    sentences = [s for s in map(clean_caption, captions) if s]
-    return [(rng.choice(BRIEF), s) for s in sentences] + caption_facts(sentences, rng)
-
-
 def caption_facts(sentences: Sequence[str], rng: Random) -> list[Turn]:
-    """Presence, colour, number and action, where the captions agree."""
+    """Questions about a picture on what its captions agree on: presence, colour, number and action."""
     seen = [words(s) for s in sentences]
     there = [n for n, w in EXACT.items() if sum(bool(s & w) for s in seen) >= 2]
     absent = [n for n, w in NOUNS.items() if not any(s & w for s in seen)]
