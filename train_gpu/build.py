@@ -46,7 +46,10 @@ def load_model(path: str) -> LlavaForConditionalGeneration:
             raise InputError(f"init {path} is a {config.model_type}; expected a llava checkpoint")
         return LlavaForConditionalGeneration.from_pretrained(path, dtype="auto")
     except (OSError, ValueError) as error:
-        raise InputError(f"init {path} is not a checkpoint that transformers loads: {error}") from None
+        raise InputError(
+            f"init {path} is not a checkpoint that transformers loads: {error}",
+            hint="Name the directory that stage align has written, or a LLaVA in Hugging Face format.",
+        ) from None
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -83,8 +83,8 @@ class Run:
         self.directory = Path(recipe.output + ".run")
         state = checkpoint.last_state(self.directory) if resume else None
         self.init = _starting_checkpoint(recipe, self.directory)
-        self.tokenizer = build.load_tokenizer(self.init)
         model = build.load_model(self.init)
+        self.tokenizer = build.load_tokenizer(self.init)
         before = build.read_or_make_description(self.init, model, self.tokenizer, recipe.data)
         self.spec = build.image_spec(before, recipe.data.image_mode)
         self.description = build.trained_description(before, self.spec, self.tokenizer, recipe.data)
@@ -99,6 +99,7 @@ class Run:
         self.flops = FlopCounter(trainee)
         del model
         self.engine = Engine(trainee, make_optimizer(trainee, recipe.optim), recipe.scale)
+        torch.manual_seed(recipe.seed + self.engine.rank)  # the same weights everywhere, other dropout
         self.mixture = Mixture(
             sources, self.pictures, renderer, recipe.data, recipe.optim,
             grid_tokens=before["visual_tokens"]["full"], seed=recipe.seed, skipped=self.skipped,
