@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def tower_key(tower: torch.nn.Module, config: Any, spec: ImageSpec) -> str:
+def tower_key(tower: torch.nn.Module, config: Any, spec: ImageSpec, precision: str) -> str:
     """A hash of all that a picture's features depend on beside the picture."""
     digest = hashlib.sha256()
     described = {
+        "precision": precision,
         "layers": config.vision_feature_layer,
         "select": config.vision_feature_select_strategy,
         "class_token": getattr(config, "vision_class_token", True),

@@ -158,13 +158,12 @@ class Mixture:
         for row in rows:
             for place, document in enumerate(row):
                 try:
-                    arrays += [self.pictures.load(picture) for picture in document.pictures]
+                    loaded = [self.pictures.load(picture) for picture in document.pictures]
                 except InputError as error:
                     self.skipped.add(error)
+                    loaded = [self.pictures.blank() for _ in document.pictures]
                     row[place] = document.unlabelled()
-                    wanted = sum(len(d.pictures) for r in rows[: rows.index(row)] for d in r)
-                    wanted += sum(len(d.pictures) for d in row[: place + 1])
-                    arrays += [self.pictures.blank()] * (wanted - len(arrays))
+                arrays += loaded
         return collate(rows or [[]], stack(arrays or [self.pictures.blank()]), self.pictures.are_features, image_tokens)
 
 

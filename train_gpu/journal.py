@@ -67,12 +67,14 @@ class Journal:
 class LossGuard:
     """Stops a run whose loss is no number, or jumps; the names of the step's samples are kept in a file.
 
-    ``recent`` is part of the saved state: a resumed run stops where the whole one would have.
+    ``recent`` is part of the saved state: a resumed run stops where the whole one would have. Of several processes one
+    ``writes`` the file.
     """
 
-    def __init__(self, directory: Path, factor: float) -> None:
+    def __init__(self, directory: Path, factor: float, *, writes: bool = True) -> None:
         self.directory = directory
         self.factor = factor
+        self.writes = writes
         self.recent: deque[float] = deque(maxlen=50)
 
     def check(self, step: int, loss: float, norm: float, names: tuple[str, ...]) -> None:
@@ -87,9 +89,10 @@ class LossGuard:
             self.recent.append(loss)
             return
         path = self.directory / f"bad-step-{step:08d}.json"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        record = {"step": step, "loss": str(loss), "grad_norm": str(norm), "samples": list(names)}
-        checkpoint.write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        if self.writes:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            record = {"step": step, "loss": str(loss), "grad_norm": str(norm), "samples": list(names)}
+            checkpoint.write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         raise TrainingError(
             f"{what} at step {step}; its {len(names)} samples are named in {path}",
             hint="Look at these samples, lower optim.lr, or set optim.spike_factor; then go on with --resume.",

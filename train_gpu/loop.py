@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
 import logging
 import os
-import platform
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Generator
@@ -22,14 +17,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from llava_edge.errors import InputError, LlavaEdgeError
-from llava_edge.train_gpu import build, checkpoint
+from llava_edge.train_gpu import build, checkpoint, provenance
 from llava_edge.train_gpu.answers import DevSet
 from llava_edge.train_gpu.content_cache import ContentCache, tower_key
 from llava_edge.train_gpu.data import Mixture, Step, ahead
 from llava_edge.train_gpu.engine import Engine
 from llava_edge.train_gpu.features import FeatureCache, feature_layers, tower_features
-from llava_edge.train_gpu.flops import FlopCounter, peak_flops
+from llava_edge.train_gpu.flops import FlopCounter
 from llava_edge.train_gpu.journal import Journal, LossGuard
+from llava_edge.train_gpu.meter import Meter
 from llava_edge.train_gpu.model import Trainee, merge_into
 from llava_edge.train_gpu.optim import learning_rate_factor, make_optimizer, warmup_share
 from llava_edge.train_gpu.pictures import CachedPictures, Pictures, PixelPictures
@@ -82,6 +78,11 @@ class Run:
         self.recipe = recipe
         self.directory = Path(recipe.output + ".run")
         state = checkpoint.last_state(self.directory) if resume else None
+        if not resume and (self.directory / checkpoint.MARKER).exists():
+            raise InputError(
+                f"{self.directory} holds the state of an earlier run, {checkpoint.last_state(self.directory).name}",
+                hint="Go on from it with --resume, or remove the folder to begin again.",
+            )
         self.init = _starting_checkpoint(recipe, self.directory)
         model = build.load_model(self.init)
         self.tokenizer = build.load_tokenizer(self.init)
@@ -107,13 +108,15 @@ class Run:
         asked = read_source(recipe.dev.source, self.skipped)[: recipe.dev.count] if recipe.dev else []
         self._fill_cache(asked)
         self.dev = DevSet(asked, recipe, renderer, self.mixture) if asked else None
-        self.guard = LossGuard(self.directory, recipe.optim.spike_factor)
+        self.guard = LossGuard(self.directory, recipe.optim.spike_factor, writes=self.engine.main)
         self.step, self.seconds = 0, 0.0
         if state is not None:
             self._restore(state)
         self.journal = Journal(self.directory, self.step) if self.engine.main else None
         if self.engine.main:
-            _write_provenance(self.directory, recipe, self.engine.world)
+            if state is not None:
+                provenance.warn_of_changes(self.directory, recipe)
+            provenance.write(self.directory, recipe, self.engine.world)
 
     def _pictures(self, model: LlavaForConditionalGeneration) -> Pictures:
         data = self.recipe.data
@@ -125,7 +128,7 @@ class Run:
         self._tower = model.model.vision_tower
         patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
         width = config.vision_config.hidden_size * len(feature_layers(config))
-        key = tower_key(self._tower, config, self.spec)
+        key = tower_key(self._tower, config, self.spec, self.recipe.scale.precision)
         return CachedPictures(ContentCache(Path(data.cache_features) / key, (patches, width)))
 
     def _fill_cache(self, more: list[Sample]) -> None:
@@ -163,7 +166,7 @@ class Run:
             lambda number: self.mixture.step(number, engine.rank, engine.world),
             self.step, self.mixture.steps, recipe.data.workers,
         )  # fmt: skip
-        meter = _Meter(self)
+        meter = Meter(self)
         with closing(steps), _signals() as caught:
             while self.progress() < 1:
                 began = time.monotonic()
@@ -257,68 +260,6 @@ class Run:
         return output
 
 
-class _Meter:
-    """Adds up between two records what a person wants to know."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.peak = peak_flops(run.engine.device, run.recipe.scale.peak_tflops)
-        self.waited = 0.0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.totals = [0.0] * 5
-        self.spent = 0.0
-        self.waited = 0.0
-
-    def counts(self, step: Step) -> list[float]:
-        """Real tokens, all tokens, pictures, operations, truncated samples of this process's part."""
-        return [
-            sum(batch.real_tokens for batch in step.batches),
-            sum(batch.ids.numel() for batch in step.batches),
-            sum(batch.n_pictures for batch in step.batches),
-            sum(self.run.flops.count(batch) for batch in step.batches),
-            step.truncated / self.run.engine.world,  # every process knows all of them
-        ]
-
-    def add(self, loss: float, norm: float, counts: list[float], spent: float) -> None:
-        """Take up one step."""
-        self.losses.append(loss)
-        self.norms.append(norm)
-        self.totals = [a + b for a, b in zip(self.totals, counts, strict=True)]
-        self.spent += spent
-
-    def write(self, factor: float) -> None:
-        """Write the record of the steps since the last."""
-        run = self.run
-        real, padded, pictures, flops, truncated = self.totals
-        done = run.progress()
-        record = {
-            "step": run.step,
-            "epoch": round(run.step * run.recipe.optim.batch_size / run.mixture.n_items, 4),
-            "loss": sum(self.losses) / len(self.losses),
-            "lr": run.recipe.optim.lr * factor,
-            "grad_norm": sum(self.norms) / len(self.norms),
-            "tokens_per_second": real / self.spent,
-            "pictures_per_second": pictures / self.spent,
-            "packing_efficiency": real / max(padded, 1),
-            "mfu": flops / self.spent / (self.peak * run.engine.world) if self.peak else None,
-            "input_wait": self.waited / self.spent,
-            "memory_bytes": _memory_bytes(run.engine.device),
-            "truncated": round(truncated),
-            "skipped": run.skipped.count,
-            "step_seconds": self.spent / len(self.losses),
-            "total_seconds": run.seconds,
-            "progress": round(done, 4),
-            "eta_seconds": run.seconds / done * (1 - done) if 0 < done < 1 else 0.0,
-        }
-        if run.journal is not None:
-            run.journal.write(record, run.mixture.steps)
-        self._reset()
-
-
 class _Caught:
     number = 0
 
@@ -345,14 +286,6 @@ def _signals() -> Generator[_Caught]:
             signal.signal(number, handler)
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """The most that this process has held: of the GPU's memory, or of the machine's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 def _starting_checkpoint(recipe: Recipe, directory: Path) -> str:
     if recipe.init is not None:
         return recipe.init
@@ -365,21 +298,3 @@ def _starting_checkpoint(recipe: Recipe, directory: Path) -> str:
             raise InputError(f"the first process has not written {target} within an hour")
         time.sleep(1)
     return str(target)
-
-
-def _write_provenance(directory: Path, recipe: Recipe, world: int) -> None:
-    """``recipe.json``: the resolved recipe, the versions, and the hashes of the files of samples."""
-    paths = [recipe.data.samples] if recipe.data.samples else [s.path for s in recipe.data.sources.values()]
-    hashes = {}
-    for path in sorted(file for pattern in paths for file in _files(pattern)):
-        with path.open("rb") as file:
-            hashes[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
-    names = ("torch", "transformers", "accelerate", "peft", "numpy")
-    versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-    record = {**recipe.to_dict(), "versions": versions, "data_sha256": hashes, "processes": world}
-    checkpoint.write_text(directory / "recipe.json", json.dumps(record, indent=2) + "\n")
-
-
-def _files(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    return [path] if path.is_file() else sorted(path.parent.glob(path.name))

@@ -120,6 +120,13 @@ class Trainee(nn.Module):
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
 
+    def train(self, mode: bool = True) -> Trainee:
+        """Training mode; a tower that is frozen stays as it is used later."""
+        super().train(mode)
+        if self.tower is not None and not any(p.requires_grad for p in self.tower.parameters()):
+            self.tower.eval()
+        return self
+
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Take features as (x - mean) / std from here on, without changing what the projector computes."""
         unfold_standardisation(self.projector, mean, std)

@@ -82,11 +82,13 @@ def here(capfd: pytest.CaptureFixture[str]) -> Cli:
     return run_here
 
 
-def test_the_result_is_on_stdout_and_progress_on_stderr(run: Any, work: Path) -> None:
+def test_the_result_is_on_stdout_and_progress_on_stderr(run: Any, here: Cli, work: Path) -> None:
     result = run("train", str(work / "recipe.toml"), "--set", f"output={work}/first")
     assert result.code == 0
     assert result.out == f"{work}/first\n"
     assert "step 3 of 3, loss" in result.err
+    again = here("train", str(work / "recipe.toml"), "--set", f"output={work}/first", "--resume", "--json")
+    assert json.loads(again[1]) | {"output": f"{work}/first", "step": 3} == json.loads(again[1])
     log = (work / "first.run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2, 3]
 
@@ -132,7 +134,7 @@ def test_sigterm_saves_and_exits_with_its_own_code(here: Cli, work: Path) -> Non
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=stop)
+    thread = threading.Thread(target=stop, daemon=True)
     thread.start()
     command = ["train", str(work / "recipe.toml"), "--set", f"output={work}/stopped", "--set", "optim.steps=100000"]
     with pytest.raises(SystemExit) as stopped:

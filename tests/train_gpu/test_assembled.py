@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -338,6 +339,17 @@ def test_what_the_log_says_about_the_machine(make: Callable[..., Recipe]) -> Non
         assert record["tokens_per_second"] > 0
         assert record["memory_bytes"] > 1e6
     assert (Path(recipe.output + ".run") / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("stage", ["align", "finetune"])
+def test_the_count_of_operations_is_what_pytorch_counts(make: Callable[..., Recipe], stage: str) -> None:
+    run = Run(make("flops", stage, "scale.attention=eager"))
+    batch = run.mixture.step(0).batches[0]
+    with FlopCounterMode(display=False) as counter:
+        run.engine.forward(batch).backward()
+    # PyTorch counts padding and both halves of the attention's square; that is what is useless.
+    padding = batch.ids.numel() / batch.real_tokens
+    assert 0.95 < counter.get_total_flops() / run.flops.count(batch) < 1.15 * padding
 
 
 def test_pooling_is_what_the_runtime_does() -> None:

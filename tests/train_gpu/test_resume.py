@@ -151,6 +151,8 @@ def test_a_resume_that_has_nothing_to_go_on_from_says_so(make: Callable[..., Rec
     with pytest.raises(InputError, match="nothing to resume"):
         train(recipe, resume=True)
     train(make("other", "optim.steps=3"))
+    with pytest.raises(InputError, match="holds the state of an earlier run, step-00000003"):
+        train(make("other", "optim.steps=3"))
     with pytest.raises(InputError, match="other weights"):
         train(make("other", "lora.rank=8"), resume=True)
 

@@ -202,5 +202,6 @@ class LocalLlm:
         return Completion(generation.text, tokens, generation.finish_reason == "length")
 
     def close(self) -> None:
-        """Free the model."""
-        self._engine.close()
+        """Free the model, once an answer under way is finished."""
+        with self._lock:
+            self._engine.close()

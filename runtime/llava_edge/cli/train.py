@@ -21,6 +21,7 @@ from llava_edge.errors import require_extra
               help="Keep the frozen tower's features in DIR: each picture is encoded once.")  # fmt: skip
 @click.option("--skip-bad", is_flag=True, help="Count samples that can't be read instead of stopping.")
 @click.option("--resume", is_flag=True, help="Go on from the state that a stopped run saved.")
+@click.option("--json", "as_json", is_flag=True, help="Print the checkpoint's directory and the last record as JSON.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @debug_option
 def train(
@@ -29,6 +30,7 @@ def train(
     cache_features: Path | None,
     skip_bad: bool,
     resume: bool,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Train as RECIPE, a TOML file or the name of a built-in recipe, says, and print where the finished checkpoint is.
@@ -56,7 +58,12 @@ def train(
             terminal.error(str(stopped), stopped.hint)
         sys.exit(stopped.exit_code)
     if first:
-        terminal.data(f"{output}\n")
+        terminal.data(f"{_as_json(output) if as_json else output}\n")
+
+
+def _as_json(output: Path) -> str:
+    log = output.with_name(output.name + ".run") / "log.jsonl"
+    return json.dumps({"output": str(output), **json.loads(log.read_text().splitlines()[-1])})
 
 
 def _changes(overrides: tuple[str, ...], cache_features: Path | None, skip_bad: bool) -> tuple[str, ...]:
