@@ -1,4 +1,8 @@
-"""Training state and finished checkpoints on disk. Everything is written to a temporary name and renamed."""
+"""Training state and finished checkpoints on disk: a kill at any moment leaves the old or the new, never half of one.
+
+A state is a folder ``step-00000120``. It is written under a temporary name, every file is brought to the disk, the
+folder is renamed, and last of all the file ``last`` is replaced, which names it.
+"""
 
 from __future__ import annotations
 
@@ -15,28 +19,76 @@ from llava_edge.errors import InputError
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
 
-STATE = "state.pt"
+MARKER = "last"
 DESCRIPTION = "llava_edge.json"
 
 
-def save_state(directory: Path, state: dict[str, Any]) -> None:
-    """Replace the training state of a run: a kill at any moment leaves the old or the new one."""
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f"{STATE}.partial"
-    with partial.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(directory / STATE)
+def sync(path: Path) -> None:
+    """Bring a file or the entries of a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def load_state(directory: Path) -> dict[str, Any]:
-    """The state that :func:`save_state` wrote."""
-    path = directory / STATE
-    if not path.is_file():
-        raise InputError(f"nothing to resume: {path} does not exist", hint="Start without --resume.")
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def partial_state(run: Path, step: int) -> Path:
+    """The folder to write the state of a step to; :func:`commit_state` gives it its name."""
+    return run / f"step-{step:08d}.partial"
+
+
+def begin_state(run: Path, step: int) -> None:
+    """Make :func:`partial_state`, and clear away what stopped saves left."""
+    run.mkdir(parents=True, exist_ok=True)
+    for left in run.glob("step-*.partial"):
+        shutil.rmtree(left)
+    partial_state(run, step).mkdir()
+
+
+def commit_state(run: Path, step: int, keep: int) -> None:
+    """Make a written state the last one, and remove all but the last ``keep``."""
+    partial = partial_state(run, step)
+    for file in partial.rglob("*"):
+        if file.is_file():
+            sync(file)
+    sync(partial)
+    final = partial.with_suffix("")
+    if final.exists():  # the same step, saved before a stop
+        shutil.rmtree(final)
+    partial.rename(final)
+    sync(run)
+    write_text(run / MARKER, final.name + "\n")
+    for old in sorted(run.glob("step-????????"))[:-keep]:
+        shutil.rmtree(old)
+
+
+def last_state(run: Path) -> Path:
+    """The folder of the last whole state."""
+    try:
+        state = run / (run / MARKER).read_text().strip()
+    except FileNotFoundError:
+        raise InputError(f"nothing to resume: {run} has no saved state", hint="Start without --resume.") from None
+    if not state.is_dir():
+        raise InputError(f"nothing to resume: {run / MARKER} names {state.name}, which is not there")
     return state
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A file of tensors and plain values."""
+    try:
+        values: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError:
+        raise InputError(f"the saved state has no {path.name}: {path}") from None
+    return values
 
 
 def save_checkpoint(
@@ -54,6 +106,8 @@ def save_checkpoint(
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     if recipe is not None:
         (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+    for file in partial.iterdir():
+        sync(file)
     old = directory.with_name(directory.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if directory.exists():

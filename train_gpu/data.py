@@ -1,186 +1,212 @@
-"""LLaVA JSON to batches.
+"""The order of the data and its way to batches. Step n is the same wherever and whenever it is asked for.
 
-Samples of one picture share one reading of it: the prefix up to the image's last token is there once, and each
-sample is a branch that sees the prefix and itself. A branch's loss is that of the same sample alone, at a
-fraction of the tokens.
-
-Shapes: B rows, S positions of the padded row, I image tokens.
+Nothing here keeps a state: an epoch's order follows from the seed and the epoch's number, and a step's samples from
+its number. So a run goes on after a stop as if there had been none, and every process knows the whole step.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
 
 from llava_edge.errors import InputError
+from llava_edge.train_gpu.pictures import stack
+from llava_edge.train_gpu.prompts import IMAGE, Renderer, Tokens
+from llava_edge.train_gpu.rows import Batch, Document, collate, make_document, pack, truncate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from llava_edge.train_gpu.config import DataConfig, OptimConfig
+    from llava_edge.train_gpu.pictures import Pictures
+    from llava_edge.train_gpu.samples import Sample, Skipped
 
-    from llava_edge.train_gpu.config import DataConfig
-    from llava_edge.train_gpu.features import FeatureCache
-
-IGNORE = -100
-Ids = tuple[list[int], list[int]]
-"""Token ids and labels of the same length; the label is the token itself where the loss counts, else IGNORE."""
-
-
-class ChatML:
-    """The prompt format of nano: prefix, then the image, then each branch. Only answers and stop tokens count."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.start = tokenizer.convert_tokens_to_ids("<|im_start|>")
-        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-        self.newline = self._plain("\n")
-        self.user = [self.start, *self._plain("user\n")]
-        self.assistant = [self.end, *self.newline, self.start, *self._plain("assistant\n")]
-
-    def _plain(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return ids
-
-    def branch(self, sample: dict[str, Any]) -> Ids:
-        """All that follows the image: questions, answers, stop tokens."""
-        turns = sample["conversations"]
-        ids: list[int] = []
-        labels: list[int] = []
-        for index, turn in enumerate(turns):
-            if turn["from"] != ("human", "gpt")[index % 2]:
-                raise InputError(f"sample {sample['id']}: turn {index} is from {turn['from']!r}")
-            if index % 2 == 0:
-                scaffold = [] if index == 0 else [*self.newline, *self.user]
-                new = [*scaffold, *self._plain(_question(sample, index)), *self.assistant]
-                labels += [IGNORE] * len(new)
-            else:
-                new = [*self._plain(turn["value"]), self.end]
-                labels += new
-            ids += new
-        self._check(sample, ids)
-        return ids, labels
-
-    def _check(self, sample: dict[str, Any], ids: list[int]) -> None:
-        """The pieces must give the ids of the whole text: a mismatch would train on a prompt that nobody sends."""
-        turns = sample["conversations"]
-        text = _question(sample, 0)
-        for index in range(1, len(turns)):
-            if index % 2:
-                text += f"<|im_end|>\n<|im_start|>assistant\n{turns[index]['value']}<|im_end|>"
-            else:
-                text += f"\n<|im_start|>user\n{turns[index]['value']}"
-        whole = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if whole != ids:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(whole, ids, strict=False)) if a != b), min(len(whole), len(ids))
-            )
-            around = self.tokenizer.convert_ids_to_tokens(whole[max(0, at - 5) : at + 5])
-            raise InputError(f"sample {sample['id']}: tokenised turns and text differ at token {at}, around {around}")
-
-
-def _question(sample: dict[str, Any], index: int) -> str:
-    """The text of a human turn; in the first, what follows the image, its newline included."""
-    value: str = sample["conversations"][index]["value"]
-    if index:
-        return value
-    if not value.startswith("<image>\n") or value.count("<image>") != 1:
-        raise InputError(f"sample {sample['id']}: the first turn must start with one '<image>' and a newline")
-    return value.removeprefix("<image>")
+Item: TypeAlias = "tuple[Sample, ...]"
+"""What is drawn: one sample, or all samples of a picture where they share a reading of it."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of equal shape. ``seen[b, 0, i, j]`` says whether position i of row b may attend to position j."""
+class Step:
+    """One process's part of one optimiser step. ``names`` are the samples of all processes."""
 
-    ids: torch.Tensor
-    labels: torch.Tensor
-    positions: torch.Tensor
-    seen: torch.Tensor
-    features: torch.Tensor
-    image_tokens: int
-    image_start: int
+    batches: tuple[Batch, ...]
     names: tuple[str, ...]
+    truncated: int
 
-
-def collate(
-    prefix: list[int], rows: list[list[Ids]], features: np.ndarray, image_tokens: int, names: list[str]
-) -> Batch:
-    """Lay prefix, image and branches of each row one after the other and pad to the longest row."""
-    head = len(prefix) + image_tokens
-    width = max(head + sum(len(ids) for ids, _ in branches) for branches in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    labels = torch.full((len(rows), width), IGNORE)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    branch = torch.full((len(rows), width), -1)
-    for row, branches in enumerate(rows):
-        ids[row, : len(prefix)] = torch.tensor(prefix)
-        positions[row, :head] = torch.arange(head)
-        branch[row, :head] = 0
-        at = head
-        for number, (branch_ids, branch_labels) in enumerate(branches, start=1):
-            end = at + len(branch_ids)
-            ids[row, at:end] = torch.tensor(branch_ids)
-            labels[row, at:end] = torch.tensor(branch_labels)
-            positions[row, at:end] = torch.arange(head, head + len(branch_ids))
-            branch[row, at:end] = number
-            at = end
-    causal = torch.ones(width, width, dtype=torch.bool).tril()
-    same = branch[:, :, None] == branch[:, None, :]
-    seen = causal & (same | (branch[:, None, :] == 0))
-    return Batch(
-        ids, labels, positions, seen[:, None], torch.from_numpy(features), image_tokens, len(prefix), tuple(names)
-    )
+    @property
+    def n_labels(self) -> int:
+        """Labels in this process's part."""
+        return sum(batch.n_labels for batch in self.batches)
 
 
 class Mixture:
-    """An endless, seeded stream of batches. Step n is the same batch whenever and wherever it is asked for."""
+    """A seeded stream of steps over weighted sources.
+
+    Parameters
+    ----------
+    sources
+        Samples by source. With weights (``data.weights``, or those of ``data.sources``) a source makes up its share
+        of every epoch, walking through its own samples in shuffled passes; without, an epoch is each sample once.
+    grid_tokens
+        Visual tokens of a whole picture, used where ``data.image_tokens`` is empty.
+    """
 
     def __init__(
         self,
-        samples: dict[str, list[dict[str, Any]]],
-        features: FeatureCache,
-        tokenizer: PreTrainedTokenizerBase,
+        sources: dict[str, list[Sample]],
+        pictures: Pictures,
+        renderer: Renderer,
         config: DataConfig,
-        batch_size: int,
+        optim: OptimConfig,
+        *,
+        grid_tokens: int,
         seed: int,
+        skipped: Skipped,
     ) -> None:
-        unknown = set(config.weights) - set(samples)
-        if unknown:
-            raise InputError(f"data.weights names {sorted(unknown)}; the samples have {sorted(samples)}")
-        self.format = ChatML(tokenizer)
-        self.prefix = self.format.user
-        self.features = features
+        self.pictures = pictures
+        self.renderer = renderer
         self.config = config
-        self.batch_size = batch_size
+        self.optim = optim
+        self.grid_tokens = grid_tokens
         self.seed = seed
-        self.pictures: dict[str, list[tuple[str, list[dict[str, Any]]]]] = {}
-        for source in config.weights:
-            by_picture: dict[str, list[dict[str, Any]]] = {}
-            for sample in samples[source]:
-                by_picture.setdefault(sample["image"], []).append(sample)
-            self.pictures[source] = list(by_picture.items())
+        self.skipped = skipped
+        self.items = {name: _items(samples, config.branches) for name, samples in sources.items()}
+        weights = config.weights or {n: s.weight for n, s in config.sources.items() if s.weight is not None}
+        self.n_items = sum(map(len, self.items.values()))
+        self.shares = _shares(self.n_items, weights) if weights else {n: len(i) for n, i in self.items.items()}
+        self.steps = optim.steps or math.ceil(optim.epochs * self.n_items / optim.batch_size)  # type: ignore[operator]
+        self._orders: dict[int, list[tuple[str, int]]] = {}
 
-    def batch(self, step: int) -> Batch:
-        """The batch of one step."""
-        rng = random.Random(f"{self.seed} {step}")
-        config = self.config
-        tokens = rng.choices(config.image_tokens, config.image_token_weights)[0]
-        sources = rng.choices(list(config.weights), list(config.weights.values()), k=self.batch_size)
-        rows, names = [], []
-        for source in sources:
-            name, samples = self.pictures[source][rng.randrange(len(self.pictures[source]))]
-            chosen = rng.sample(samples, min(config.branches, len(samples)))
-            rows.append([self.format.branch(sample) for sample in chosen])
-            names.append(name)
-        features = np.stack([self.features[name] for name in names])
-        return collate(self.prefix, rows, features, tokens, names)
+    @property
+    def samples(self) -> Iterator[Sample]:
+        """Every sample of every source."""
+        return (sample for items in self.items.values() for item in items for sample in item)
 
-    def from_step(self, step: int) -> Iterator[Batch]:
-        """Batches from a step on."""
-        while True:
-            yield self.batch(step)
-            step += 1
+    def order(self, epoch: int) -> list[tuple[str, int]]:
+        """The items of an epoch as (source, number), ``n_items`` of them."""
+        known = self._orders.get(epoch)
+        if known is None:
+            known = [(name, item) for name, share in self.shares.items() for item in self._walk(name, epoch, share)]
+            random.Random(f"{self.seed} epoch {epoch}").shuffle(known)
+            self._orders = {**{e: o for e, o in self._orders.items() if e >= epoch - 1}, epoch: known}
+        return known
+
+    def _walk(self, source: str, epoch: int, share: int) -> Iterator[int]:
+        size = len(self.items[source])
+        shuffled: dict[int, list[int]] = {}
+        for draw in range(epoch * share, (epoch + 1) * share):
+            number, place = divmod(draw, size)
+            if number not in shuffled:
+                shuffled[number] = random.Random(f"{self.seed} {source} {number}").sample(range(size), size)
+            yield shuffled[number][place]
+
+    def image_tokens(self, step: int) -> int:
+        """The count of visual tokens that a step's pictures are pooled to."""
+        if not self.config.image_tokens:
+            return self.grid_tokens
+        rng = random.Random(f"{self.seed} tokens {step}")
+        return rng.choices(self.config.image_tokens, self.config.image_token_weights)[0]
+
+    def documents(self, step: int) -> tuple[list[Document], int]:
+        """The documents of a step, and how many of them were cut at the maximum length."""
+        first = step * self.optim.batch_size
+        last = first + self.optim.batch_size
+        if self.optim.epochs is not None:
+            last = min(last, round(self.optim.epochs * self.n_items))
+        tokens = self.image_tokens(step)
+        documents, cut = [], 0
+        for draw in range(first, last):
+            epoch, place = divmod(draw, self.n_items)
+            source, number = self.order(epoch)[place]
+            try:
+                whole = self._document(self.items[source][number], draw, tokens)
+                documents.append(truncate(whole, self.config.max_length, self.renderer.image_token))
+            except InputError as error:
+                self.skipped.add(error)
+                continue
+            cut += len(documents[-1]) < len(whole)
+        return documents, cut
+
+    def _document(self, item: Item, draw: int, image_tokens: int) -> Document:
+        rng = random.Random(f"{self.seed} draw {draw}")
+        chosen = rng.sample(item, min(self.config.branches, len(item))) if len(item) > 1 else list(item)
+        rendered: list[Tokens] = []
+        for sample in chosen:
+            after = self.config.image_position == "random" and rng.random() < 0.5
+            rendered.append(self.renderer.render(place_picture(sample, after=after)))
+        name = chosen[0].id if len(chosen) == 1 else f"{chosen[0].pictures[0].name} x {len(chosen)}"
+        return make_document(rendered, chosen[0].pictures, name, self.renderer.image_token, image_tokens)
+
+    def step(self, step: int, rank: int = 0, world: int = 1) -> Step:
+        """The batches of one process. Every process gets as many; the last ones may be empty."""
+        documents, cut = self.documents(step)
+        rows = [[index] for index in sorted(range(len(documents)), key=lambda i: -len(documents[i]))]
+        if self.config.packing:
+            rows = pack([len(document) for document in documents], self.config.max_length)
+        size = self.optim.micro_batch_rows or max(1, math.ceil(len(rows) / world))
+        micro = [rows[start : start + size] for start in range(0, len(rows), size)] or [[]]
+        micro += [[] for _ in range(-len(micro) % world)]
+        tokens = self.image_tokens(step)
+        mine = [self._batch([[documents[i] for i in row] for row in part], tokens) for part in micro[rank::world]]
+        return Step(tuple(mine), tuple(document.name for document in documents), cut)
+
+    def _batch(self, rows: list[list[Document]], image_tokens: int) -> Batch:
+        arrays = []
+        for row in rows:
+            for place, document in enumerate(row):
+                try:
+                    loaded = [self.pictures.load(picture) for picture in document.pictures]
+                except InputError as error:
+                    self.skipped.add(error)
+                    loaded = [self.pictures.blank() for _ in document.pictures]
+                    row[place] = document.unlabelled()
+                arrays += loaded
+        return collate(rows or [[]], stack(arrays or [self.pictures.blank()]), self.pictures.are_features, image_tokens)
+
+
+def place_picture(sample: Sample, *, after: bool = False) -> Sample:
+    """The sample with its only picture before, or after, the first question; others are left as they are."""
+    question, answer = sample.turns[0]
+    if len(sample.pictures) != 1 or IMAGE not in question:
+        return sample
+    text = question.replace(IMAGE, "").strip()
+    moved = (f"{text}\n{IMAGE}" if after else f"{IMAGE}\n{text}") if text else IMAGE
+    return replace(sample, turns=((moved, answer), *sample.turns[1:]))
+
+
+def _items(samples: list[Sample], branches: int) -> list[Item]:
+    if branches == 1:
+        return [(sample,) for sample in samples]
+    groups: dict[object, list[Sample]] = {}
+    for sample in samples:
+        shared = len(sample.pictures) == 1 and IMAGE in sample.turns[0][0]
+        groups.setdefault(sample.pictures if shared else sample.id, []).append(sample)
+    return [tuple(group) for group in groups.values()]
+
+
+def _shares(total: int, weights: dict[str, float]) -> dict[str, int]:
+    """Whole numbers that add up to ``total``, in the ratio of the weights (largest remainders)."""
+    scale = total / sum(weights.values())
+    shares = {name: math.floor(weight * scale) for name, weight in weights.items()}
+    rest = sorted(weights, key=lambda name: weights[name] * scale - shares[name], reverse=True)
+    for name in rest[: total - sum(shares.values())]:
+        shares[name] += 1
+    return shares
+
+
+def ahead(make: Callable[[int], Step], first: int, last: int, workers: int) -> Generator[Step]:
+    """``make(first)`` … ``make(last - 1)`` in order, each begun by a thread while those before it are used."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="data")
+    waiting: deque[Future[Step]] = deque()
+    try:
+        for number in range(first, last):
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

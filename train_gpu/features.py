@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,27 +22,37 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import LlavaForConditionalGeneration
 
+    from llava_edge.train_gpu.samples import PictureRef
     from llava_edge.types import ImageSpec
 
 log = logging.getLogger(__name__)
 
 
 def encode_pixels(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    """``[B, 3, H, W]`` to ``[B, P, D]``: the configured hidden states side by side, without the class token.
+    """``[B, 3, H, W]`` to ``[B, P, D]``: the configured hidden states side by side, without the class token if any.
 
     With ``vision_class_token: false`` the class token is also hidden from every patch.
     """
-    config = model.config
-    tower = model.model.vision_tower
-    patches = (pixels.shape[-1] // config.vision_config.patch_size) ** 2
-    mask = None
+    return tower_features(model.model.vision_tower, model.config, pixels)
+
+
+def tower_features(tower: Any, config: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """See :func:`encode_pixels`."""
+    options: dict[str, Any] = {}
     if not getattr(config, "vision_class_token", True):
-        mask = torch.ones(pixels.shape[0], patches + 1, dtype=torch.long, device=pixels.device)
-        mask[:, 0] = 0
-    states = tower(pixels, attention_mask=mask, output_hidden_states=True).hidden_states
+        patches = (pixels.shape[-1] // config.vision_config.patch_size) ** 2
+        options["attention_mask"] = torch.ones(pixels.shape[0], patches + 1, dtype=torch.long, device=pixels.device)
+        options["attention_mask"][:, 0] = 0
+    states = tower(pixels, output_hidden_states=True, **options).hidden_states
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    return torch.cat([states[layer][:, first:] for layer in feature_layers(config)], dim=-1)
+
+
+def feature_layers(config: Any) -> list[int]:
+    """The hidden states that feed the projector, in its order; 0 is the input of the first block."""
     layers = config.vision_feature_layer
-    layers = [layers] if isinstance(layers, int) else layers
-    return torch.cat([states[layer][:, 1:] for layer in layers], dim=-1)
+    depth = config.vision_config.num_hidden_layers
+    return [layer if layer >= 0 else depth + 1 + layer for layer in ([layers] if isinstance(layers, int) else layers)]
 
 
 class FeatureCache:
@@ -67,6 +77,15 @@ class FeatureCache:
         except KeyError:
             raise InputError(f"picture {name!r} is not in the feature cache") from None
         return np.asarray(self.array[row])
+
+    def find(self, picture: PictureRef) -> NDArray[np.float16]:
+        """``float16 [P, D]`` of a sample's picture."""
+        return self[picture.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(P, D)``."""
+        return self.array.shape[1:]
 
     def statistics(self, pictures: int = 512) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation per feature ``[D]`` over evenly spaced pictures."""

@@ -4,153 +4,297 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import os
+import signal
+import threading
 import time
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
-from llava_edge.errors import LlavaEdgeError
-from llava_edge.train_gpu import checkpoint
-from llava_edge.train_gpu.config import OptimConfig, Recipe
-from llava_edge.train_gpu.data import Mixture
-from llava_edge.train_gpu.features import FeatureCache
+from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.train_gpu import build, checkpoint, provenance
+from llava_edge.train_gpu.answers import DevSet
+from llava_edge.train_gpu.content_cache import ContentCache, tower_key
+from llava_edge.train_gpu.data import Mixture, Step, ahead
+from llava_edge.train_gpu.engine import Engine
+from llava_edge.train_gpu.features import FeatureCache, feature_layers, tower_features
+from llava_edge.train_gpu.flops import FlopCounter
+from llava_edge.train_gpu.journal import Journal, LossGuard
+from llava_edge.train_gpu.meter import Meter
 from llava_edge.train_gpu.model import Trainee, merge_into
+from llava_edge.train_gpu.optim import learning_rate_factor, make_optimizer, warmup_share
+from llava_edge.train_gpu.pictures import CachedPictures, Pictures, PixelPictures
+from llava_edge.train_gpu.prompts import Renderer
+from llava_edge.train_gpu.samples import Sample, Skipped, read_source, read_sources
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration
+
+    from llava_edge.train_gpu.config import Recipe
 
 log = logging.getLogger(__name__)
 
 
-def learning_rate_factor(progress: float, warmup: float) -> float:
-    """Linear warm-up over the first part of the run, then a cosine to 0. ``progress`` runs from 0 to 1."""
-    if progress < warmup:
-        return progress / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup))))
+class Stopped(LlavaEdgeError):
+    """A signal ended the run after its state was saved."""
+
+    def __init__(self, number: int, step: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name}; the state of step {step} is saved", hint="Go on with --resume.")
+        self.exit_code = 128 + number
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
     """Run a recipe and return the directory of the finished checkpoint.
 
-    The state is saved every ``save_every`` steps in ``OUTPUT.run``, together with ``log.jsonl``; ``resume`` goes
-    on from there with the weights, the optimiser, the schedule and the order of the data as they were.
+    The state is saved every ``save_every`` steps in ``OUTPUT.run``, together with the log; ``resume`` goes on from
+    there with weights, optimiser, schedule, order of the data and random state as they were. Under ``torchrun`` or
+    ``accelerate launch`` every process calls this.
+
+    Raises
+    ------
+    InputError
+        Something in the recipe or the data is wrong.
+    TrainingError
+        The loss is no number, or jumped.
+    Stopped
+        SIGTERM or SIGINT came; the state is saved.
     """
-    run = _Run(recipe, resume)
+    run = Run(recipe, resume=resume)
     run.loop()
     return run.finish()
 
 
-class _Run:
-    def __init__(self, recipe: Recipe, resume: bool) -> None:
+class Run:
+    """One run of a recipe, from loading to the finished checkpoint."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         self.directory = Path(recipe.output + ".run")
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.init)
-        self.features = FeatureCache(Path(recipe.data.features))
-        samples = json.loads(Path(recipe.data.samples).read_text())
+        state = checkpoint.last_state(self.directory) if resume else None
+        if not resume and (self.directory / checkpoint.MARKER).exists():
+            raise InputError(
+                f"{self.directory} holds the state of an earlier run, {checkpoint.last_state(self.directory).name}",
+                hint="Go on from it with --resume, or remove the folder to begin again.",
+            )
+        self.init = _starting_checkpoint(recipe, self.directory)
+        model = build.load_model(self.init)
+        self.tokenizer = build.load_tokenizer(self.init)
+        before = build.read_or_make_description(self.init, model, self.tokenizer, recipe.data)
+        self.spec = build.image_spec(before, recipe.data.image_mode)
+        self.description = build.trained_description(before, self.spec, self.tokenizer, recipe.data)
+        self.skipped = Skipped(recipe.data.skip_bad)
+        sources = read_sources(recipe.data, self.skipped)
+        renderer = Renderer(self.tokenizer, recipe.data.format, model.config.image_token_id)
+        self.pictures = self._pictures(model)
+        trainee = Trainee(model, recipe, live_tower=not self.pictures.are_features)
+        if recipe.data.features:  # features of one cache, whose statistics are at hand
+            mean, std = FeatureCache(Path(recipe.data.features)).statistics()
+            trainee.standardise(torch.from_numpy(mean), torch.from_numpy(std))
+        self.flops = FlopCounter(trainee)
+        del model
+        self.engine = Engine(trainee, make_optimizer(trainee, recipe.optim), recipe.scale)
+        torch.manual_seed(recipe.seed + self.engine.rank)  # the same weights everywhere, other dropout
         self.mixture = Mixture(
-            samples, self.features, self.tokenizer, recipe.data, recipe.optim.batch_size, recipe.seed
-        )
-        self.trainee = Trainee(_load_model(recipe.init), recipe.lora)
-        mean, std = self.features.statistics()
-        self.trainee.standardise(torch.from_numpy(mean), torch.from_numpy(std))
-        self.optimizer = _optimizer(self.trainee, recipe.optim)
-        self.step = 0
-        self.seconds = 0.0
-        if resume:
-            self._restore()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "recipe.json").write_text(json.dumps(recipe.to_dict(), indent=2) + "\n")
+            sources, self.pictures, renderer, recipe.data, recipe.optim,
+            grid_tokens=before["visual_tokens"]["full"], seed=recipe.seed, skipped=self.skipped,
+        )  # fmt: skip
+        asked = read_source(recipe.dev.source, self.skipped)[: recipe.dev.count] if recipe.dev else []
+        self._fill_cache(asked)
+        self.dev = DevSet(asked, recipe, renderer, self.mixture) if asked else None
+        self.guard = LossGuard(self.directory, recipe.optim.spike_factor, writes=self.engine.main)
+        self.step, self.seconds = 0, 0.0
+        if state is not None:
+            self._restore(state)
+        self.journal = Journal(self.directory, self.step) if self.engine.main else None
+        if self.engine.main:
+            if state is not None:
+                provenance.warn_of_changes(self.directory, recipe)
+            provenance.write(self.directory, recipe, self.engine.world)
+
+    def _pictures(self, model: LlavaForConditionalGeneration) -> Pictures:
+        data = self.recipe.data
+        if data.features:
+            return CachedPictures(FeatureCache(Path(data.features)))
+        if not data.cache_features:
+            return PixelPictures(self.spec)
+        config = model.config
+        self._tower = model.model.vision_tower
+        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        width = config.vision_config.hidden_size * len(feature_layers(config))
+        key = tower_key(self._tower, config, self.spec, self.recipe.scale.precision)
+        return CachedPictures(ContentCache(Path(data.cache_features) / key, (patches, width)))
+
+    def _fill_cache(self, more: list[Sample]) -> None:
+        """Encode the pictures that a content cache lacks, on the main process."""
+        if not self.recipe.data.cache_features or not isinstance(self.pictures, CachedPictures):
+            return
+        cache, device = self.pictures.cache, self.engine.device
+        assert isinstance(cache, ContentCache)
+        tower, config = self._tower.to(device), self.engine.trainee.config
+        dtype = next(tower.parameters()).dtype
+
+        @torch.inference_mode()
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            return tower_features(tower, config, pixels.to(device, dtype))
+
+        if self.engine.main:
+            every = (picture for sample in (*self.mixture.samples, *more) for picture in sample.pictures)
+            cache.fill(every, encode, self.spec, self.skipped)
+        del self._tower
+        self.engine.wait()
+        cache.reopen()
 
     def progress(self) -> float:
         """From 0 to 1, by steps or by time, whichever is further on."""
-        optim = self.recipe.optim
-        by_time = self.seconds / (60 * optim.max_minutes) if optim.max_minutes else 0.0
-        return max(self.step / optim.steps, by_time)
+        minutes = self.recipe.optim.max_minutes
+        return max(self.step / self.mixture.steps, self.seconds / (60 * minutes) if minutes else 0.0)
 
     def loop(self) -> None:
-        recipe, optim = self.recipe, self.recipe.optim
-        trained = [p for p in self.trainee.parameters() if p.requires_grad]
-        log.info("%s: %.2f M trained parameters", recipe.stage, sum(p.numel() for p in trained) / 1e6)
-        self.trainee.train()
-        batches = self.mixture.from_step(self.step)
-        while self.progress() < 1:
-            began = time.monotonic()
-            batch = next(batches)
-            factor = learning_rate_factor(self.progress(), optim.warmup_ratio)
-            for group in self.optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            with torch.autocast("cpu", torch.bfloat16):
-                total, labels = self.trainee(batch)
-            loss = total / labels
-            if not torch.isfinite(loss):
-                raise LlavaEdgeError(
-                    f"the loss is {loss.item()} at step {self.step}; pictures of the batch: {', '.join(batch.names)}",
-                    hint="Lower optim.lr, or look at these samples.",
-                )
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.step += 1
-            self.seconds += time.monotonic() - began
-            if self.step % recipe.log_every == 0:
-                self._log(loss.item(), float(norm), factor, labels, time.monotonic() - began)
-            if self.step % recipe.save_every == 0:
-                self._save()
+        """Run until the steps or the minutes are over."""
+        recipe, engine = self.recipe, self.engine
+        count = sum(p.numel() for p in engine.trained)
+        log.info("%s: %.2f M trained parameters, %d samples", recipe.stage, count / 1e6, self.mixture.n_items)
+        engine.forward.train()
+        steps = ahead(
+            lambda number: self.mixture.step(number, engine.rank, engine.world),
+            self.step, self.mixture.steps, recipe.data.workers,
+        )  # fmt: skip
+        meter = Meter(self)
+        with closing(steps), _signals() as caught:
+            while self.progress() < 1:
+                began = time.monotonic()
+                step = next(steps)
+                meter.waited += time.monotonic() - began
+                labels, stop, *counts = engine.sum([step.n_labels, caught.number, *meter.counts(step)])
+                if stop:
+                    self.save()
+                    raise Stopped(caught.number or signal.SIGTERM, self.step)
+                loss, norm, factor = self._update(step, labels)
+                self.step += 1
+                spent = time.monotonic() - began
+                self.seconds += engine.sum([spent if engine.main else 0.0])[0]
+                meter.add(loss, norm, counts, spent)
+                if self.step % recipe.log_every == 0 or self.progress() >= 1:
+                    meter.write(factor)
+                if self.dev is not None and recipe.dev is not None and self.step % recipe.dev.every == 0:
+                    self._answer()
+                if self.step % recipe.save_every == 0:
+                    self.save()
 
-    def _log(self, loss: float, norm: float, factor: float, labels: int, seconds: float) -> None:
-        record = {
-            "step": self.step,
-            "loss": round(loss, 4),
-            "grad_norm": round(norm, 3),
-            "lr_factor": round(factor, 4),
-            "labels": labels,
-            "step_seconds": round(seconds, 3),
-            "total_seconds": round(self.seconds, 1),
-            "progress": round(self.progress(), 4),
-        }
-        with (self.directory / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        log.info("%s", record)
+    def _update(self, step: Step, labels: float) -> tuple[float, float, float]:
+        """One optimiser step. Returns the mean loss of its labels, the gradient's norm, the schedule's factor."""
+        engine, optim = self.engine, self.recipe.optim
+        factor = learning_rate_factor(self.progress(), warmup_share(self.mixture.steps, optim.warmup_ratio))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        # Processes average their gradients; the loss is the mean over the labels of all of them.
+        scale = engine.world / max(labels, 1)
+        total = torch.zeros((), device=engine.device)
+        for number, batch in enumerate(step.batches, start=1):
+            with engine.accumulate(last=number == len(step.batches)):
+                loss = engine.forward(batch.to(engine.device))
+                (loss * scale).backward()
+            total += loss.detach()
+        mean = engine.sum([float(total)])[0] / max(labels, 1)
+        norm = engine.clip(optim.max_grad_norm)
+        self.guard.check(self.step, mean, norm, step.names)
+        engine.optimizer.step()
+        engine.optimizer.zero_grad(set_to_none=True)
+        return mean, norm, factor
 
-    def _save(self) -> None:
-        state: dict[str, Any] = {
-            "weights": self.trainee.trained_state(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "random": torch.get_rng_state(),
-        }
-        checkpoint.save_state(self.directory, state)
+    def _answer(self) -> None:
+        assert self.dev is not None
+        answers = self.dev.ask(self.engine)
+        if self.journal is not None:
+            self.journal.answers(self.step, answers)
 
-    def _restore(self) -> None:
-        state = checkpoint.load_state(self.directory)
-        self.trainee.load_state_dict(state["weights"], strict=False)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        torch.set_rng_state(state["random"])
+    def save(self) -> None:
+        """Save the state of this step; every process calls it."""
+        if self.engine.main:
+            checkpoint.begin_state(self.directory, self.step)
+        self.engine.wait()
+        values = {"step": self.step, "seconds": self.seconds, "recent": list(self.guard.recent)}
+        self.engine.save(checkpoint.partial_state(self.directory, self.step), values)
+        self.engine.wait()
+        if self.engine.main:
+            checkpoint.commit_state(self.directory, self.step, self.recipe.keep)
+        self.engine.wait()
+
+    def _restore(self, state: Path) -> None:
+        values = self.engine.restore(state)
+        self.step, self.seconds = values["step"], values["seconds"]
+        self.guard.recent.extend(values["recent"])
         log.info("resumed at step %d", self.step)
 
     def finish(self) -> Path:
-        self._save()
+        """Save the last state, write the finished checkpoint, draw the curve."""
+        self.save()
         output = Path(self.recipe.output)
-        model = _load_model(self.recipe.init)
-        merge_into(self.trainee, model)
-        description = checkpoint.read_description(Path(self.recipe.init))
-        checkpoint.save_checkpoint(output, model, self.tokenizer, description, self.recipe.to_dict())
-        log.info("%d steps in %.0f s, saved as %s", self.step, self.seconds, output)
+        trainee = self.engine.trainee
+        if self.engine.sharded:
+            weights = self.engine.whole_weights()
+            if self.engine.main:
+                shift, scale = trainee.feature_shift.cpu(), trainee.feature_scale.cpu()
+                trainee = Trainee(build.load_model(self.init), self.recipe, live_tower=trainee.tower is not None)
+                trainee.load_state_dict(weights, strict=False)
+                trainee.feature_shift.copy_(shift)
+                trainee.feature_scale.copy_(scale)
+        if self.journal is not None:
+            model = build.load_model(self.init)
+            merge_into(trainee, model)
+            saved = json.loads((self.directory / "recipe.json").read_text())
+            checkpoint.save_checkpoint(output, model, self.tokenizer, self.description, saved)
+            build.copy_companions(self.init, output)
+            self.journal.close()
+            log.info("%d steps in %.0f s, saved as %s", self.step, self.seconds, output)
+            if self.skipped.count:
+                log.warning("%d samples were skipped", self.skipped.count)
+        self.engine.wait()
         return output
 
 
-def _load_model(path: str) -> LlavaForConditionalGeneration:
-    return LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+class _Caught:
+    number = 0
 
 
-def _optimizer(trainee: Trainee, optim: OptimConfig) -> torch.optim.AdamW:
-    projector = [p for p in trainee.projector.parameters() if p.requires_grad]
-    adapters = [p for p in trainee.llm.parameters() if p.requires_grad]
-    groups = [{"params": projector, "base_lr": optim.projector_lr or optim.lr}]
-    if adapters:
-        groups.append({"params": adapters, "base_lr": optim.lr})
-    return torch.optim.AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, betas=(0.9, 0.98))
+@contextmanager
+def _signals() -> Generator[_Caught]:
+    """SIGTERM and the first SIGINT are noted, for the loop to save and leave; a second SIGINT interrupts at once."""
+    caught = _Caught()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.number = number
+        log.warning("%s: saving after this step", signal.Signals(number).name)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _starting_checkpoint(recipe: Recipe, directory: Path) -> str:
+    if recipe.init is not None:
+        return recipe.init
+    target = directory / "init"
+    if os.environ.get("RANK", "0") == "0":  # before the processes know each other
+        build.assemble_into(target, recipe.model, recipe.data, recipe.seed)
+    deadline = time.monotonic() + 3600
+    while not (target / checkpoint.DESCRIPTION).is_file():
+        if time.monotonic() > deadline:
+            raise InputError(f"the first process has not written {target} within an hour")
+        time.sleep(1)
+    return str(target)

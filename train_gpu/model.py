@@ -1,11 +1,11 @@
-"""The trained parts of a LLaVA whose tower is frozen: projector, pooling, language model.
+"""What is trained: projector, language model or adapters on it, and perhaps the last blocks of the vision tower.
 
-Shapes: B rows, S positions, P patches, F width of the features, D width of the LLM, I image tokens.
+Shapes: B rows, S positions, N pictures, P patches, F width of the features, D width of the LLM, I image tokens.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -14,13 +14,14 @@ from torch import nn
 from torch.nn import functional
 
 from llava_edge.errors import InputError
-from llava_edge.train_gpu.data import IGNORE
+from llava_edge.train_gpu.features import feature_layers, tower_features
+from llava_edge.train_gpu.prompts import IGNORE
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-    from llava_edge.train_gpu.config import LoraConfig
-    from llava_edge.train_gpu.data import Batch
+    from llava_edge.train_gpu.config import Recipe, ScaleConfig
+    from llava_edge.train_gpu.rows import Batch
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -40,7 +41,7 @@ def pool_tokens(embeddings: torch.Tensor, tokens: int) -> torch.Tensor:
 
 def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A mask of what may be attended to, as what is added to the attention's logits."""
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
 @torch.no_grad()
@@ -60,33 +61,71 @@ def fold_standardisation(projector: nn.Module, mean: torch.Tensor, std: torch.Te
 
 
 class Trainee(nn.Module):
-    """Projector and LLM. The LLM's frozen weights are held in bfloat16, what is trained in float32."""
+    """The model as it is trained. What is trained is held in float32, the rest in the precision of the computation.
 
-    def __init__(self, model: LlavaForConditionalGeneration, lora: LoraConfig) -> None:
+    Parameters
+    ----------
+    model
+        It is taken apart and changed in place.
+    recipe
+        Its stage, adapters, tower blocks and precision.
+    live_tower
+        Whether pictures come as pixels; otherwise the tower isn't kept.
+    """
+
+    def __init__(self, model: LlavaForConditionalGeneration, recipe: Recipe, *, live_tower: bool) -> None:
         super().__init__()
-        self.projector = model.model.multi_modal_projector.float().requires_grad_(True)
-        self.llm: nn.Module = model.model.language_model.to(torch.bfloat16).requires_grad_(False)
-        # At these lengths plain matrix products beat the CPU's fused kernel, whose backward pass took a quarter of
-        # the time of a step.
-        model.model.language_model.set_attn_implementation("eager")
+        self.config = model.config
+        self.image_token: int = model.config.image_token_id
+        self.bf16 = recipe.scale.precision == "bf16"
+        self.attention = attention_of(recipe.scale)
+        model.model.language_model.set_attn_implementation(self.attention)
+        model.requires_grad_(False).to(torch.bfloat16 if self.bf16 else torch.float32)
+        self.projector = model.model.multi_modal_projector
+        self.tower: nn.Module | None = model.model.vision_tower if live_tower else None
+        self.llm: nn.Module = model.model.language_model
         self.embed = self.llm.get_input_embeddings()
-        self.head = model.lm_head.to(torch.bfloat16).requires_grad_(False)
-        if lora.rank:
-            self.llm = get_peft_model(
-                self.llm,
-                PeftLoraConfig(
-                    r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=LORA_TARGETS
-                ),
-            )
-            for parameter in self.llm.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
+        self.head = model.lm_head
+        self._choose(recipe)
+        if recipe.scale.gradient_checkpointing:
+            enable = getattr(self.llm, "activation_checkpointing_enable", None)  # its name since transformers 5.20
+            (enable or self.llm.gradient_checkpointing_enable)({"use_reentrant": False})
         # What reads the features is scaled to unit inputs for the optimiser; see standardise.
         self.feature_shift: torch.Tensor
         self.feature_scale: torch.Tensor
         width = self.projector.linear_1.in_features
         self.register_buffer("feature_shift", torch.zeros(width))
         self.register_buffer("feature_scale", torch.ones(width))
+
+    def _choose(self, recipe: Recipe) -> None:
+        """Mark what is trained and bring it to float32."""
+        self.projector.requires_grad_(True)
+        if self.config.projector_hidden_act == "linear":  # one matrix: the second is the identity and stays it
+            self.projector.linear_2.requires_grad_(False)
+        if recipe.stage == "finetune" and recipe.lora.rank:
+            options = PeftLoraConfig(
+                r=recipe.lora.rank,
+                lora_alpha=recipe.lora.alpha,
+                lora_dropout=recipe.lora.dropout,
+                target_modules=LORA_TARGETS,
+            )
+            self.llm = get_peft_model(self.llm, options)
+        elif recipe.stage == "finetune":
+            self.llm.requires_grad_(True)
+            self.head.requires_grad_(True)
+        if recipe.model.tower_blocks and self.tower is not None:
+            for block in used_blocks(self.tower, self.config)[-recipe.model.tower_blocks :]:
+                block.requires_grad_(True)
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def train(self, mode: bool = True) -> Trainee:
+        """Training mode; a tower that is frozen stays as it is used later."""
+        super().train(mode)
+        if self.tower is not None and not any(p.requires_grad for p in self.tower.parameters()):
+            self.tower.eval()
+        return self
 
     def standardise(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Take features as (x - mean) / std from here on, without changing what the projector computes."""
@@ -101,43 +140,101 @@ class Trainee(nn.Module):
         self.feature_scale.fill_(1)
 
     def image_embeddings(self, features: torch.Tensor, tokens: int) -> torch.Tensor:
-        """Features ``[B, P, F]`` to what the LLM reads, ``[B, I, D]``."""
+        """Features ``[N, P, F]`` to what the LLM reads, ``[N, I, D]``."""
         standard = (features.float() - self.feature_shift) / self.feature_scale
         return pool_tokens(self.projector(standard), tokens)
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Sum of the cross-entropies of all labels, and their number."""
+    def _features(self, batch: Batch) -> torch.Tensor:
+        if batch.are_features:
+            return batch.pictures
+        if self.tower is None:
+            raise InputError("the batch has pixels, and the vision tower was left out")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())):
+            return tower_features(self.tower, self.config, batch.pictures.to(next(self.tower.parameters()).dtype))
+
+    def forward(self, batch: Batch, *, predict: bool = False) -> torch.Tensor:
+        """Sum of the cross-entropies of all labels; with ``predict`` the logits behind the last token, ``[B, V]``."""
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.bf16):
+            hidden, extra = self._read(batch)
+            if predict:
+                return self.head(hidden[:, -1]).float()  # type: ignore[no-any-return]
+            # Position i predicts i + 1. The first token of a document or of an answer's branch is never labelled, so
+            # no label stands behind the last token of another.
+            counted = batch.labels[:, 1:] != IGNORE
+            logits = self.head(hidden[:, :-1][counted])
+            loss = functional.cross_entropy(logits.float(), batch.labels[:, 1:][counted], reduction="sum")
+        return loss + extra
+
+    def _read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """The LLM's last hidden states ``[B, S, D]``, and a zero that ties unused parts to the loss."""
         embeddings = self.embed(batch.ids)
-        image = self.image_embeddings(batch.features, batch.image_tokens).to(embeddings.dtype)
-        start, end = batch.image_start, batch.image_start + batch.image_tokens
-        embeddings = torch.cat([embeddings[:, :start], image, embeddings[:, end:]], dim=1)
-        hidden = self.llm(
+        image = self.image_embeddings(self._features(batch), batch.image_tokens).to(embeddings.dtype)
+        extra: torch.Tensor | float = 0.0
+        if batch.n_pictures:
+            here = (batch.ids == self.image_token) & (batch.documents > 0)
+            embeddings = embeddings.masked_scatter(here[..., None], image)
+        else:
+            extra = 0.0 * image.float().sum()  # processes that share the work wait for every gradient
+        outputs = self.llm(
             inputs_embeds=embeddings,
-            attention_mask=additive(batch.seen, embeddings.dtype),
+            attention_mask=self._mask(batch, embeddings.dtype),
             position_ids=batch.positions,
             use_cache=False,
-        ).last_hidden_state  # [B, S, D]
-        # Position i predicts i + 1. The first token of an answer follows its own branch, so that no label ever
-        # stands behind the last token of another branch.
-        counted = batch.labels[:, 1:] != IGNORE
-        logits = self.head(hidden[:, :-1][counted])
-        loss = functional.cross_entropy(logits.float(), batch.labels[:, 1:][counted], reduction="sum")
-        return loss, int(counted.sum())
+        )
+        return outputs.last_hidden_state, extra
+
+    def _mask(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor | None:
+        if self.attention == "flash_attention_2":
+            return None  # it finds the documents of a row by their positions
+        seen = batch.seen()
+        return additive(seen, dtype) if self.attention == "eager" else seen
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """Everything that the optimiser moves, by name."""
         return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
 
+def attention_of(scale: ScaleConfig) -> str:
+    """The attention of the LLM: "auto" is plain matrix products on a CPU, whose fused kernel has a slow backward."""
+    if scale.attention != "auto":
+        return scale.attention
+    return "sdpa" if torch.cuda.is_available() else "eager"
+
+
+def used_blocks(tower: nn.Module, config: Any) -> list[nn.Module]:
+    """The blocks of a vision tower that the features pass through, in order."""
+    depth = config.vision_config.num_hidden_layers
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise InputError(f"the tower {type(tower).__name__} has no list of {depth} blocks to train")
+    return list(lists[0])[: max(feature_layers(config))]
+
+
 def merge_into(trainee: Trainee, model: LlavaForConditionalGeneration) -> None:
-    """Write the trained projector and the merged adapters into a float32 model."""
+    """Write what was trained into a model: projector, tower blocks, LLM or merged adapters. The rest stays as it is."""
     trainee.fold_standardisation()
     model.model.multi_modal_projector.load_state_dict(trainee.projector.state_dict())
-    if not isinstance(trainee.llm, PeftModel):
-        return
-    plain = dict(model.model.language_model.named_modules())
-    for name, module in trainee.llm.base_model.model.named_modules():
+    with torch.no_grad():
+        if trainee.tower is not None:
+            _copy_trained(trainee.tower, model.model.vision_tower)
+        if isinstance(trainee.llm, PeftModel):
+            _merge_adapters(trainee.llm, model.model.language_model)
+        else:
+            _copy_trained(trainee.llm, model.model.language_model)
+            _copy_trained(trainee.head, model.lm_head)
+
+
+def _copy_trained(source: nn.Module, target: nn.Module) -> None:
+    places = dict(target.named_parameters())
+    for name, parameter in source.named_parameters():
+        if parameter.requires_grad:
+            places[name].copy_(parameter)
+
+
+def _merge_adapters(llm: PeftModel, target: nn.Module) -> None:
+    plain = dict(target.named_modules())
+    for name, module in llm.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
             delta = module.lora_B["default"].weight @ module.lora_A["default"].weight
-            with torch.no_grad():
-                plain[name].weight.add_(delta.float() * module.scaling["default"])
+            weight = plain[name].weight
+            weight.copy_(weight.float() + delta.float() * module.scaling["default"])

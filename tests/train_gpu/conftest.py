@@ -13,7 +13,8 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llava_edge.train_gpu import checkpoint, features, parts
+from llava_edge.train_gpu import build, checkpoint, features, parts
+from llava_edge.train_gpu.config import DataConfig
 from llava_edge.types import ImageSpec
 
 SPEC = ImageSpec(size=56, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), mode="pad", pad_color=(0, 0, 0))
@@ -73,5 +74,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     model = tiny_model(tokenizer)
     cache = features.build_cache(model, SPEC, root / "pictures", [f"{i}.png" for i in range(16)], root / "features")
     parts.initialise_projector(model, *cache.statistics(), seed=0)
-    checkpoint.save_checkpoint(root / "base", model, tokenizer, {"name": "tiny"})
+    data = DataConfig(samples="-", image_tokens=(16, 4), image_token_weights=(0.5, 0.5))
+    checkpoint.save_checkpoint(root / "base", model, tokenizer, build.describe(model, SPEC, tokenizer, data))
     return root

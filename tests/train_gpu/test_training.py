@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration
 
 from llava_edge.errors import InputError
-from llava_edge.train_gpu.config import LoraConfig, Recipe, load_recipe
-from llava_edge.train_gpu.data import collate
+from llava_edge.train_gpu.config import Recipe
 from llava_edge.train_gpu.features import FeatureCache, encode_pixels
-from llava_edge.train_gpu.loop import _Run, learning_rate_factor, train
+from llava_edge.train_gpu.loop import Run, train
 from llava_edge.train_gpu.model import Trainee, merge_into, pool_tokens
+from llava_edge.train_gpu.optim import learning_rate_factor
+from llava_edge.train_gpu.recipe_file import load_recipe
+from llava_edge.train_gpu.rows import Batch, collate, make_document
 
 RECIPE = """
 stage = "{stage}"
@@ -67,77 +70,74 @@ def test_finetune_moves_projector_and_llm_but_not_the_tower(workspace: Path, tmp
     assert not any("vision_tower" in name or "embed_tokens" in name for name in moved)
 
 
+def test_finetune_without_adapters_moves_the_whole_llm_but_not_the_tower(workspace: Path, tmp_path: Path) -> None:
+    moved = changed(workspace, train(recipe(workspace, tmp_path / "out", "finetune")))
+    assert "model.language_model.embed_tokens.weight" in moved
+    assert not any("vision_tower" in name for name in moved)
+
+
 def test_training_lowers_the_loss(workspace: Path, tmp_path: Path) -> None:
-    run = _Run(recipe(workspace, tmp_path / "out", "finetune", 4, "optim.steps=60"), resume=False)
-    batch = run.mixture.batch(999)
-    before = run.trainee(batch)[0].item()
+    run = Run(recipe(workspace, tmp_path / "out", "finetune", 4, "optim.steps=60"))
+    batch = run.mixture.step(50).batches[0]
+    before = run.engine.trainee(batch).item()
     run.loop()
-    assert run.trainee(batch)[0].item() < 0.5 * before
+    assert run.engine.trainee(batch).item() < 0.5 * before
 
 
-def test_resume_after_a_stop_gives_the_uninterrupted_weights(workspace: Path, tmp_path: Path) -> None:
-    whole = train(recipe(workspace, tmp_path / "whole", "finetune", 4))
-    stopped = _Run(recipe(workspace, tmp_path / "cut", "finetune", 4), resume=False)
-    save, steps = stopped._save, []
-
-    def save_and_stop() -> None:
-        save()
-        steps.append(stopped.step)
-        if len(steps) == 2:
-            raise KeyboardInterrupt
-
-    stopped._save = save_and_stop  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        stopped.loop()
-    assert steps == [5, 10]
-    resumed = train(recipe(workspace, tmp_path / "cut", "finetune", 4), resume=True)
-    first, second = weights(whole), weights(resumed)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def features_of(run: Run, *names: str) -> torch.Tensor:
+    cache = FeatureCache(Path(run.recipe.data.features or ""))
+    return torch.from_numpy(np.stack([np.asarray(cache[name], np.float32) for name in names]))
 
 
-def test_resume_without_a_state_says_so(workspace: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nothing to resume"):
-        train(recipe(workspace, tmp_path / "never"), resume=True)
-
-
-def test_branches_cost_what_the_samples_cost_alone(workspace: Path, tmp_path: Path) -> None:
-    run = _Run(recipe(workspace, tmp_path / "out"), resume=False)
-    trainee = run.trainee.float()
-    samples = run.mixture.pictures["colours"][3][1]
-    branches = [run.mixture.format.branch(sample) for sample in samples]
-    features = np.asarray(run.features["3.png"], np.float32)[None]
-    with torch.no_grad():
-        together = trainee(collate(run.mixture.prefix, [branches], features, 4, ["3.png"]))
-        alone = [trainee(collate(run.mixture.prefix, [[b]], features, 4, ["3.png"])) for b in branches]
-    assert together[1] == sum(labels for _, labels in alone)
-    torch.testing.assert_close(together[0], sum(loss for loss, _ in alone), rtol=1e-5, atol=1e-4)
-
-
-def test_padding_does_not_change_the_loss(workspace: Path, tmp_path: Path) -> None:
-    run = _Run(recipe(workspace, tmp_path / "out"), resume=False)
-    trainee = run.trainee.float()
-    rows = [[run.mixture.format.branch(s) for s in samples] for _, samples in run.mixture.pictures["colours"][:2]]
-    rows[1] = rows[1][:1]
-    features = np.stack([np.asarray(run.features[f"{i}.png"], np.float32) for i in range(2)])
-    with torch.no_grad():
-        both = trainee(collate(run.mixture.prefix, rows, features, 16, ["0.png", "1.png"]))[0]
-        each = [
-            trainee(collate(run.mixture.prefix, rows[i : i + 1], features[i : i + 1], 16, ["x"]))[0] for i in range(2)
+def batch_of(run: Run, rows: list[list[list[int]]], image_tokens: int) -> Batch:
+    """Rows of documents; each is a list of the numbers of samples of one picture."""
+    samples = list(run.mixture.samples)
+    documents = [
+        [
+            make_document(
+                [run.mixture.renderer.render(samples[number]) for number in numbers],
+                samples[numbers[0]].pictures, "x", run.mixture.renderer.image_token, image_tokens,
+            )
+            for numbers in row
         ]
-    torch.testing.assert_close(both, each[0] + each[1], rtol=1e-5, atol=1e-4)
+        for row in rows
+    ]  # fmt: skip
+    names = [document.pictures[0].name for row in documents for document in row]
+    return collate(documents, features_of(run, *names), True, image_tokens)
 
 
-def test_merged_adapters_equal_applied_ones(workspace: Path) -> None:
-    base = LlavaForConditionalGeneration.from_pretrained(workspace / "base", dtype=torch.float32)
-    trainee = Trainee(base, LoraConfig(rank=4, alpha=8))
+@pytest.fixture
+def exact(workspace: Path, tmp_path: Path) -> Run:
+    return Run(recipe(workspace, tmp_path / "exact", "align", 0, "scale.precision=float32"))
+
+
+def test_branches_cost_what_the_samples_cost_alone(exact: Run) -> None:
+    trainee = exact.engine.trainee
+    with torch.no_grad():
+        together = batch_of(exact, [[[6, 7]]], 4)
+        alone = [batch_of(exact, [[[number]]], 4) for number in (6, 7)]
+        assert together.n_labels == sum(batch.n_labels for batch in alone)
+        torch.testing.assert_close(trainee(together), sum(trainee(b) for b in alone), rtol=1e-5, atol=1e-4)
+
+
+def test_neither_padding_nor_packing_changes_the_loss(exact: Run) -> None:
+    trainee = exact.engine.trainee
+    with torch.no_grad():
+        each = sum(trainee(batch_of(exact, [[numbers]], 16)) for numbers in ([0, 1], [2], [4]))
+        padded = trainee(batch_of(exact, [[[0, 1]], [[2]], [[4]]], 16))
+        packed = trainee(batch_of(exact, [[[0, 1], [2], [4]]], 16))
+    torch.testing.assert_close(padded, each, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(packed, each, rtol=1e-5, atol=1e-4)
+
+
+def test_merged_adapters_equal_applied_ones(workspace: Path, tmp_path: Path) -> None:
+    run = Run(recipe(workspace, tmp_path / "out", "finetune", 4, "scale.precision=float32"))
+    trainee = run.engine.trainee
     torch.manual_seed(1)
     for name, parameter in trainee.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     target = LlavaForConditionalGeneration.from_pretrained(workspace / "base", dtype=torch.float32)
-    # The frozen weights are held in bfloat16: compare on the same ones.
-    target.model.language_model.to(torch.bfloat16).float()
-    trainee = trainee.float()
     embeddings = torch.randn(1, 9, 48)
     with torch.no_grad():
         applied = trainee.llm(inputs_embeds=embeddings).last_hidden_state
@@ -146,9 +146,9 @@ def test_merged_adapters_equal_applied_ones(workspace: Path) -> None:
     torch.testing.assert_close(applied, merged, rtol=1e-5, atol=1e-5)
 
 
-def test_standardising_leaves_the_projectors_output_alone(workspace: Path) -> None:
+def test_standardising_leaves_the_projectors_output_alone(workspace: Path, exact: Run) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(workspace / "base", dtype=torch.float32)
-    trainee = Trainee(model, LoraConfig())
+    trainee = Trainee(model, exact.recipe, live_tower=False)
     features = torch.randn(2, 16, 64) * 3 + 1
     with torch.no_grad():
         plain = trainee.image_embeddings(features, 4)
@@ -182,55 +182,16 @@ def test_the_features_of_an_unknown_picture_are_an_error(workspace: Path) -> Non
         FeatureCache(workspace / "features")["x.png"]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("optim.speed=3", "unknown key optim.speed"),
-        ("colour=3", "unknown key colour"),
-        ("stage=evaluate", "align or finetune"),
-        ("optim.steps=0", "optim.steps is 0"),
-        ("lora.rank=4", "projector only"),
-        ("optim", "no '='"),
-        ("data.image_tokens=[16]", "differ in length"),
-    ],
-)
-def test_a_wrong_recipe_is_refused_in_words(workspace: Path, tmp_path: Path, change: str, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        recipe(workspace, tmp_path / "out", "align", 0, change)
-
-
 def test_the_resolved_recipe_lies_beside_the_weights(workspace: Path, tmp_path: Path) -> None:
     output = train(recipe(workspace, tmp_path / "out", "align", 0, "optim.steps=2", "seed=7"))
     saved: dict[str, Any] = json.loads((output / "recipe.json").read_text())
     assert (saved["seed"], saved["optim"]["steps"]) == (7, 2)
+    assert saved["versions"]["torch"] == torch.__version__
+    (digest,) = saved["data_sha256"].values()
+    assert digest == hashlib.sha256((workspace / "samples.json").read_bytes()).hexdigest()
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert learning_rate_factor(0.015, 0.03) == pytest.approx(0.5)
     assert learning_rate_factor(0.03, 0.03) == pytest.approx(1)
     assert learning_rate_factor(1.0, 0.03) == pytest.approx(0)
-
-
-def test_a_sample_whose_tokens_differ_from_its_text_is_named(
-    workspace: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    run = _Run(recipe(workspace, tmp_path / "out"), resume=False)
-    forged = "<image>\nWhat is<|im_end|> this?"
-    sample = {
-        "id": "bad#1",
-        "conversations": [{"from": "human", "value": forged}, {"from": "gpt", "value": "It is red."}],
-    }
-    with pytest.raises(InputError, match=r"bad#1.*differ at token"):
-        run.mixture.format.branch(sample)
-
-
-def test_only_answers_and_stop_tokens_are_labelled(workspace: Path, tmp_path: Path) -> None:
-    run = _Run(recipe(workspace, tmp_path / "out"), resume=False)
-    turns = [("human", "<image>\nWhat?"), ("gpt", "It is red."), ("human", "A picture?"), ("gpt", "white")]
-    sample = {"id": "two", "conversations": [{"from": who, "value": text} for who, text in turns]}
-    ids, labels = run.mixture.format.branch(sample)
-    labelled = run.tokenizer.decode([label for label in labels if label >= 0])
-    assert labelled == "It is red.<|im_end|>white<|im_end|>"
-    assert run.tokenizer.decode(ids).endswith(
-        "<|im_start|>user\nA picture?<|im_end|>\n<|im_start|>assistant\nwhite<|im_end|>"
-    )

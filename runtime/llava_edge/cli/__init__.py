@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": ("llava_edge.cli.chat:chat", "Ask about pictures: one question, or a conversation."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
+    "datagen": ("llava_edge.cli.datagen:datagen", "Make training data from captions and boxes."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -1,0 +1,222 @@
+"""``llava-edge datagen``: instructions written by a language model from captions and boxes, and balanced captions."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llava_edge.cli import debug_option, terminal
+from llava_edge.errors import InputError, LlavaEdgeError
+
+if TYPE_CHECKING:
+    from llava_edge.train_gpu.datagen.generate import Statistics
+    from llava_edge.train_gpu.datagen.tasks import Kind
+
+
+@click.group(short_help="Make training data from captions and boxes.")
+def datagen() -> None:
+    """Make training data: instructions that a language model writes from captions and boxes, balanced captions."""
+
+
+def _options(command: Any) -> Any:
+    existing = click.Path(exists=True, dir_okay=False, path_type=Path)
+    for option in (
+        debug_option,
+        click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON."),
+        click.option("--quiet", is_flag=True, help="Show no progress."),
+        click.option("--resume", is_flag=True, help="Go on with the pictures that a stopped run left."),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True),
+        click.option("--timeout", type=click.FloatRange(1), default=120, show_default=True,
+                     help="Seconds that an endpoint may take for an answer."),
+        click.option("--retries", type=click.IntRange(0), default=6, show_default=True,
+                     help="Further attempts where an endpoint fails."),
+        click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True,
+                     help="Requests at a time; a local model answers one at a time."),
+        click.option("--max-tokens-total", type=click.IntRange(1), help="Stop before more than these are spent."),
+        click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."),
+        click.option("--limit", type=click.IntRange(1), help="Only the first so many pictures."),
+        click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True,
+                     help="Environment variable that holds an endpoint's key."),
+        click.option("--llm-model", metavar="NAME", help="The model's name at the endpoint."),
+        click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True,
+                     help="LLaVA JSON to write; rejects go to OUTPUT.rejects.jsonl."),
+        click.option("--llm", required=True, metavar="ENDPOINT|GGUF",
+                     help="Address of an OpenAI-compatible API, as http://localhost:8080/v1, or a GGUF file."),
+        click.option("--split", default="train", show_default=True, help="Split of captions by split."),
+        click.option("--boxes", type=existing, help="COCO instances, or JSON lines with instances."),
+        click.option("--captions", type=existing, required=True,
+                     help="Captions of Flickr8k or COCO, or JSON lines with image, captions and instances."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@datagen.command(short_help="Questions and short answers about each picture.")
+@_options
+def conversation(**options: Any) -> None:
+    """Write a conversation about each picture, from its captions.
+
+    \b
+    llava-edge datagen conversation --captions flickr8k-captions.json --split dev --llm model.gguf -o talks.json
+    """
+    _run("conversation", **options)
+
+
+@datagen.command(short_help="A detailed description of each picture.")
+@_options
+def detail(**options: Any) -> None:
+    """Write a detailed description of each picture, from its captions and boxes."""
+    _run("detail", **options)
+
+
+@datagen.command(short_help="A question that takes thought about each picture.")
+@_options
+def reasoning(**options: Any) -> None:
+    """Write a question that takes reasoning, and its answer, about each picture, from its captions and boxes."""
+    _run("reasoning", **options)
+
+
+def _run(
+    kind: Kind,
+    *,
+    captions: Path,
+    boxes: Path | None,
+    split: str,
+    llm: str,
+    output: Path,
+    llm_model: str | None,
+    api_key_env: str,
+    limit: int | None,
+    max_tokens: int,
+    max_tokens_total: int | None,
+    concurrency: int,
+    retries: int,
+    timeout: float,
+    temperature: float,
+    seed: int,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    from llava_edge.train_gpu.datagen.generate import generate
+    from llava_edge.train_gpu.datagen.llm import open_llm
+    from llava_edge.train_gpu.datagen.scenes import read_scenes
+
+    scenes = read_scenes(captions, boxes, split)[:limit]
+    writer = open_llm(
+        llm, model=llm_model, api_key=os.environ.get(api_key_env), temperature=temperature, seed=seed,
+        retries=retries, timeout_seconds=timeout,
+    )  # fmt: skip
+    try:
+        statistics = generate(
+            kind, scenes, writer, output, concurrency=concurrency, max_tokens=max_tokens,
+            max_tokens_total=max_tokens_total, resume=resume, told=_Teller(quiet),
+            settings={"llm": llm, "model": llm_model, "seed": seed, "temperature": temperature, "max": max_tokens},
+        )  # fmt: skip
+    finally:
+        writer.close()
+    _tell(statistics, output, as_json)
+
+
+class _Teller:
+    """Shows how far it is, at most every two seconds."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        self.began = self.last = time.monotonic()
+
+    def __call__(self, statistics: Statistics) -> None:
+        now = time.monotonic()
+        if self.quiet or now - self.last < 2:
+            return
+        self.last = now
+        done = statistics.accepted + statistics.rejected
+        left = (now - self.began) / max(done, 1) * statistics.left
+        terminal.note(
+            f"{done} of {statistics.pictures} pictures, {statistics.rejected} rejected, {statistics.failed} failed, "
+            f"{statistics.tokens:,} tokens, about {left:.0f} s left"
+        )
+
+
+def _tell(statistics: Statistics, output: Path, as_json: bool) -> None:
+    if as_json:
+        terminal.data(json.dumps({"output": str(output), **dataclasses.asdict(statistics)}) + "\n")
+    else:
+        terminal.data(f"{output}\n")
+        terminal.note(
+            f"{statistics.accepted} of {statistics.pictures} pictures accepted with {statistics.questions} questions, "
+            f"{statistics.rejected} rejected, {statistics.tokens:,} tokens"
+        )
+        for reason, count in statistics.reasons.items():
+            terminal.note(f"  {count} x {reason}")
+    if statistics.failed:
+        picture, why = next(iter(statistics.errors.items()))
+        raise LlavaEdgeError(
+            f"{statistics.failed} of {statistics.pictures} pictures failed; {picture}: {why}",
+            hint="Run it again with --resume to ask for these alone.",
+        )
+    if statistics.stopped:
+        terminal.note(f"{statistics.stopped}; {statistics.left} pictures are left for --resume with a higher limit")
+
+
+@datagen.command("filter-captions", short_help="Thin out captions that all speak of the same things.")
+@click.argument("captions", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True,
+              help="LLaVA JSON for stage 1 to write.")  # fmt: skip
+@click.option("--split", default="train", show_default=True, help="Split of captions by split.")
+@click.option("--min-count", type=click.IntRange(1), default=3, show_default=True,
+              help="Drop noun phrases of fewer captions.")  # fmt: skip
+@click.option("--max-per-phrase", type=click.IntRange(1), default=100, show_default=True,
+              help="Captions that one noun phrase brings at most.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON.")
+@debug_option
+def filter_captions(
+    captions: Path,
+    output: Path,
+    split: str,
+    min_count: int,
+    max_per_phrase: int,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Choose CAPTIONS (of Flickr8k or COCO) balanced over their noun phrases, as LLaVA's CC-595K was from CC3M.
+
+    \b
+    llava-edge datagen filter-captions captions_train2017.json -o stage1.json
+    """
+    from llava_edge.train_gpu.datagen.balance import PhraseTagger, balance
+    from llava_edge.train_gpu.samples import PictureRef, from_caption, read_captions
+
+    listed = list(read_captions(captions, split))
+    if not listed:
+        raise InputError(f"{captions} has no captions")
+    with click.progressbar(length=len(listed), label="captions", file=sys.stderr, hidden=quiet) as bar:
+        chosen = balance(
+            [caption for _, _, caption in listed], PhraseTagger(),
+            min_count=min_count, max_per_phrase=max_per_phrase, seed=seed, told=lambda done: bar.update(1),
+        )  # fmt: skip
+    samples = []
+    for name, number, caption in (listed[index] for index in chosen.kept):
+        ((question, answer),) = from_caption(f"{name}#{number}", caption, PictureRef(name, Path(name))).turns
+        said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        samples.append({"id": f"{name}#{number}", "image": name, "conversations": said})
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(json.dumps(samples, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(output)
+    counts = {"captions": len(listed), "kept": len(samples), "phrases": chosen.phrases, "phrases_used": chosen.used}
+    terminal.data(json.dumps({"output": str(output), **counts}) + "\n" if as_json else f"{output}\n")
+    if not as_json:
+        terminal.note(
+            f"{len(samples)} of {len(listed)} captions kept, by {chosen.used} of {chosen.phrases} noun phrases"
+        )

@@ -1,0 +1,180 @@
+"""Nothing is lost: a killed run goes on bit for bit, a signal saves first, a bad loss names its samples."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlavaForConditionalGeneration
+
+from llava_edge.errors import InputError
+from llava_edge.train_gpu import checkpoint
+from llava_edge.train_gpu.config import Recipe
+from llava_edge.train_gpu.journal import LossGuard, TrainingError
+from llava_edge.train_gpu.loop import Run, Stopped, train
+from llava_edge.train_gpu.recipe_file import load_recipe
+
+RECIPE = """
+stage = "finetune"
+init = "{root}/base"
+output = "{output}"
+save_every = 3
+log_every = 1
+[data]
+samples = "{root}/samples.json"
+features = "{root}/features"
+image_tokens = [16, 4]
+image_token_weights = [0.5, 0.5]
+[optim]
+steps = 30
+lr = 3e-3
+batch_size = 4
+[lora]
+rank = 4
+alpha = 8
+dropout = 0.1
+"""
+
+
+@pytest.fixture
+def make(workspace: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    def make(name: str, *changes: str) -> Recipe:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(RECIPE.format(root=workspace, output=tmp_path / name))
+        return load_recipe(path, changes)
+
+    return make
+
+
+def weights(directory: Path | str) -> dict[str, torch.Tensor]:
+    return LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).state_dict()
+
+
+def equal(first: Path | str, second: Path | str) -> bool:
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def start(recipe: Recipe, *, resume: bool) -> BaseProcess:
+    """A run in a process of its own, from a server that has loaded PyTorch once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llava_edge.train_gpu.loop"])
+    process = context.Process(target=train, args=(recipe,), kwargs={"resume": resume}, daemon=True)
+    process.start()
+    return process
+
+
+def wait_for(happened: Callable[[], bool], process: BaseProcess) -> None:
+    deadline = time.monotonic() + 120
+    while not happened() and process.is_alive():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def steps_done(run: Path) -> int:
+    log = run / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def test_a_run_killed_at_ten_moments_gives_the_uninterrupted_weights(make: Callable[..., Recipe]) -> None:
+    whole = train(make("whole"))
+    recipe = make("killed")
+    run = Path(recipe.output + ".run")
+
+    def saving() -> bool:
+        return any(run.glob("step-*.partial"))
+
+    kills = 0
+    # In the middle of steps, while a state is being written, and right after one was.
+    for moment in (2, saving, 7, 9, saving, 13, saving, 19, 24, saving):
+        process = start(recipe, resume=(run / checkpoint.MARKER).exists())
+        wait_for((lambda n=moment: steps_done(run) >= n) if isinstance(moment, int) else moment, process)
+        if process.is_alive():
+            process.kill()
+            kills += 1
+        process.join()
+    assert kills == 10
+    assert not Path(recipe.output).exists()
+    train(recipe, resume=(run / checkpoint.MARKER).exists())
+    assert equal(whole, recipe.output)
+    log = [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert log == list(range(1, 31))
+
+
+def test_sigterm_saves_and_the_run_goes_on(make: Callable[..., Recipe]) -> None:
+    recipe = make("stopped", "save_every=1000")
+    run = Path(recipe.output + ".run")
+    process = start(recipe, resume=False)
+    wait_for(lambda: steps_done(run) >= 4, process)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 1
+    assert checkpoint.last_state(run).name >= "step-00000004"
+    train(recipe, resume=True)
+    assert equal(train(make("through")), recipe.output)
+
+
+def test_a_signal_in_this_process_ends_the_loop_with_words(make: Callable[..., Recipe]) -> None:
+    recipe = make("here", "save_every=1000")
+    run = Run(recipe)
+    update = run._update
+
+    def update_and_stop(*arguments: Any) -> Any:
+        if run.step == 2:
+            os.kill(os.getpid(), 15)
+        return update(*arguments)
+
+    run._update = update_and_stop  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match="stopped by SIGTERM; the state of step 3 is saved") as caught:
+        run.loop()
+    assert caught.value.exit_code == 143
+
+
+def test_only_the_last_states_are_kept(make: Callable[..., Recipe]) -> None:
+    recipe = make("kept", "keep=3", "optim.steps=14")
+    train(recipe)
+    run = Path(recipe.output + ".run")
+    assert sorted(p.name for p in run.glob("step-*")) == ["step-00000009", "step-00000012", "step-00000014"]
+    assert (run / "last").read_text() == "step-00000014\n"
+
+
+def test_a_resume_that_has_nothing_to_go_on_from_says_so(make: Callable[..., Recipe]) -> None:
+    recipe = make("never")
+    with pytest.raises(InputError, match="nothing to resume"):
+        train(recipe, resume=True)
+    train(make("other", "optim.steps=3"))
+    with pytest.raises(InputError, match="holds the state of an earlier run, step-00000003"):
+        train(make("other", "optim.steps=3"))
+    with pytest.raises(InputError, match="other weights"):
+        train(make("other", "lora.rank=8"), resume=True)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_samples(make: Callable[..., Recipe]) -> None:
+    recipe = make("nan", "optim.steps=5")
+    run = Run(recipe)
+    names = run.mixture.step(0).names
+    with torch.no_grad():
+        run.engine.trainee.projector.linear_2.bias.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=r"the loss is nan.*bad-step-00000000\.json"):
+        run.loop()
+    record = json.loads((Path(recipe.output + ".run") / "bad-step-00000000.json").read_text())
+    assert record["samples"] == list(names)
+
+
+def test_a_jump_of_the_loss_stops_the_run(tmp_path: Path) -> None:
+    guard = LossGuard(tmp_path, 5.0)
+    for step in range(50):
+        guard.check(step, 2.0, 1.0, ("a",))
+    guard.check(50, 9.0, 1.0, ("b",))
+    with pytest.raises(TrainingError, match="jumped to 11"):
+        guard.check(51, 11.0, 1.0, ("c",))
+    LossGuard(tmp_path, 0.0).check(0, 1e9, 1.0, ())

@@ -1,0 +1,171 @@
+"""Where a run computes: one process or many, through Accelerate, and how its state is gathered and divided."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from llava_edge.errors import InputError
+from llava_edge.train_gpu import checkpoint
+
+if TYPE_CHECKING:
+    from llava_edge.train_gpu.config import ScaleConfig
+    from llava_edge.train_gpu.model import Trainee
+
+_TRAINED = StateDictOptions(ignore_frozen_params=True)
+
+
+class Engine:
+    """The model and the optimiser on their devices. ``forward`` is what is called; ``trainee`` is what it holds."""
+
+    def __init__(self, trainee: Trainee, optimizer: torch.optim.Optimizer, scale: ScaleConfig) -> None:
+        self.sharded = scale.sharding == "fsdp2"
+        self.accelerator = Accelerator(fsdp_plugin=_fsdp_plugin(trainee, scale) if self.sharded else None)
+        if self.sharded and self.accelerator.num_processes == 1:
+            raise InputError(
+                "scale.sharding fsdp2 divides a model over several processes; there is one",
+                hint="Start it with torchrun, or set scale.sharding to none.",
+            )
+        if scale.compile:
+            trainee.llm.compile(dynamic=True)
+        self.forward: nn.Module
+        self.forward, prepared = self.accelerator.prepare(trainee, optimizer)
+        self.optimizer: torch.optim.Optimizer = prepared.optimizer
+        self.trainee = cast("Trainee", self.accelerator.unwrap_model(self.forward))
+        self.trained = [p for p in self.trainee.parameters() if p.requires_grad]
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return int(self.accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        return int(self.accelerator.num_processes)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes what there is once."""
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return cast(torch.device, self.accelerator.device)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each number, added up over the processes."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world > 1:
+            torch.distributed.all_reduce(total)
+        return [float(value) for value in total]
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """Inside it gradients stay in their process, unless it is the ``last`` pass of a step."""
+        return nullcontext() if last or self.world == 1 else self.accelerator.no_sync(self.forward)
+
+    def clip(self, limit: float) -> float:
+        """Bring the gradient's norm below a limit, and tell what it was."""
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, limit)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def save(self, directory: Path, values: dict[str, Any]) -> None:
+        """Write weights, optimiser, random state and ``values`` into a folder; every process calls it."""
+        if self.sharded:
+            weights, optimizer = get_state_dict(self.forward, self.optimizer, options=_TRAINED)
+            state_dict_saver.save({"weights": weights, "optimizer": optimizer}, checkpoint_id=directory / "shards")
+        elif self.main:
+            torch.save(
+                {"weights": self.trainee.trained_state(), "optimizer": self.optimizer.state_dict()},
+                directory / "state.pt",
+            )
+        if self.main:
+            torch.save(values, directory / "run.pt")
+        torch.save(_random_state(), directory / f"random-{self.rank}.pt")
+
+    def restore(self, directory: Path) -> dict[str, Any]:
+        """Take up what :meth:`save` wrote and return its ``values``."""
+        if self.sharded:
+            weights, optimizer = get_state_dict(self.forward, self.optimizer, options=_TRAINED)
+            shards: dict[str, Any] = {"weights": weights, "optimizer": optimizer}
+            state_dict_loader.load(shards, checkpoint_id=directory / "shards")
+            set_state_dict(
+                self.forward,
+                self.optimizer,
+                model_state_dict=shards["weights"],
+                optim_state_dict=shards["optimizer"],
+                options=StateDictOptions(ignore_frozen_params=True, strict=False),
+            )
+        else:
+            state = checkpoint.load(directory / "state.pt")
+            expected, found = self.trainee.trained_state(), state["weights"]
+            if {n: p.shape for n, p in expected.items()} != {n: p.shape for n, p in found.items()}:
+                raise InputError(f"{directory} was saved by a run that trains other weights than this recipe")
+            self.trainee.load_state_dict(found, strict=False)
+            self.optimizer.load_state_dict(state["optimizer"])
+        if (directory / f"random-{self.rank}.pt").is_file():
+            _set_random_state(checkpoint.load(directory / f"random-{self.rank}.pt"))
+        return checkpoint.load(directory / "run.pt")
+
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """What was trained, gathered on the main process; empty on the others."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        return cast("dict[str, torch.Tensor]", get_model_state_dict(self.forward, options=options))
+
+
+def _fsdp_plugin(trainee: Trainee, scale: ScaleConfig) -> FullyShardedDataParallelPlugin:
+    half = scale.precision == "bf16"
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None
+    blocks = {type(m[0]).__name__ for m in trainee.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    return FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=sorted(blocks),
+        mixed_precision_policy=policy,
+        cpu_ram_efficient_loading=False,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, place, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(np.asarray(keys, np.int64)), place, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
