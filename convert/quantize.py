@@ -41,7 +41,7 @@ def check_type(name: str, choices: tuple[str, ...]) -> str:
     raise InputError(f"{name!r} is no type for this file; expected one of {', '.join(choices)}", hint=hint)
 
 
-def quantize(source: Path, target: Path, type_name: str, *, threads: int = 2) -> Quantized:
+def quantize(source: Path, target: Path, type_name: str, *, threads: int = 2, imatrix: Path | None = None) -> Quantized:
     """Write ``source`` (a GGUF of floats) to ``target`` as ``type_name``, an element of ``LLM_TYPES``."""
     library = native.llama()
     params = library.llama_model_quantize_default_params()

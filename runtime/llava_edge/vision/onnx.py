@@ -68,7 +68,7 @@ class OnnxEncoder:
         pixels = normalize(image, self._spec)[None]
         try:
             (batch,) = self._worker.run(functools.partial(self._session.run, None, {self._input: pixels}))
-        except RuntimeError as error:  # every error of ONNX Runtime
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status
             raise ModelError(f"the vision tower {self.path} failed: {error}") from None
         embeddings: NDArray[np.float32] = np.ascontiguousarray(batch[0], dtype=np.float32)
         if not np.isfinite(embeddings).all():
