@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["convert_checkpoint", "make_imatrix", "quantize_bundle"]
 
 
 def convert_checkpoint(
@@ -74,3 +74,96 @@ def convert_checkpoint(
     options = Options(prompt, vision_tower, base)
     plan = Plan(Path(checkpoint), Path(output), llm_type, mmproj_type, vision, imatrix, verify, force, options)
     return Conversion(plan, progress).run()
+
+
+def quantize_bundle(
+    bundle: Path,
+    output: Path,
+    llm_type: str,
+    *,
+    mmproj_type: str | None = None,
+    vision: str | None = None,
+    imatrix: Path | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Make a bundle smaller.
+
+    Parameters
+    ----------
+    bundle
+        A bundle whose language model is F16, BF16 or F32.
+    output
+        The new bundle's directory.
+    llm_type, mmproj_type, vision
+        Types of the new files; None leaves one as it is, and ``none`` for ``vision`` leaves it out.
+    imatrix
+        An importance matrix for the language model.
+    verify
+        Compare the new files with the old ones, and fail where they are too far apart.
+    force
+        Replace ``output`` if it is a bundle.
+    progress
+        Called with a line of text before each step.
+
+    Returns
+    -------
+    dict
+        ``output``, ``files`` (name, type, bytes before and after, fall-backs), ``bytes_before``, ``bytes``,
+        ``measured``, ``seconds``.
+
+    Raises
+    ------
+    InputError
+        A type that can't be made of what is there.
+    ParityError
+        The new files are too far from the old ones.
+    """
+    from llava_edge.convert.shrink import Quantization, QuantizePlan
+
+    plan = QuantizePlan(Path(bundle), Path(output), llm_type, mmproj_type, vision, imatrix, verify, force)
+    return Quantization(plan, progress).run()
+
+
+def make_imatrix(
+    bundle: Path,
+    data: Path,
+    images: Path | None,
+    output: Path,
+    *,
+    text_weight: float = 1.0,
+    image_weight: float = 1.0,
+    answer_weight: float = 1.0,
+    limit: int | None = None,
+    n_ctx: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write an importance matrix that has seen pictures.
+
+    Parameters
+    ----------
+    bundle
+        A bundle, best one whose language model is F16.
+    data, images
+        Instruction data in LLaVA's JSON and the folder of its pictures; None leaves the pictures out.
+    output
+        The new file, in llama.cpp's GGUF format of importance matrices.
+    text_weight, image_weight, answer_weight
+        What a token counts, by its kind.
+    limit, n_ctx
+        Only the first so many samples, and the longest that is not skipped.
+    progress
+        Called with a line of text now and then.
+
+    Returns
+    -------
+    dict
+        ``output``, ``samples``, ``skipped``, ``tokens`` by kind, ``matrices``, ``seconds``.
+    """
+    from llava_edge.convert import imatrix
+
+    weights = imatrix.Weights(text_weight, image_weight, answer_weight)
+    return imatrix.make_imatrix(
+        Path(bundle), Path(data), images, Path(output), weights=weights, limit=limit, n_ctx=n_ctx, progress=progress
+    )

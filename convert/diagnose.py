@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_edge.convert.observe import Observer
+from llava_edge.convert.observe import GgmlTensor, Observer, rows_of
 from llava_edge.engine import Engine
 
 if TYPE_CHECKING:
@@ -49,10 +49,10 @@ def language_model(path: Path, rows: NDArray[np.float32], reference: Reference) 
     expected = reference.layer_outputs(rows)
     outputs: dict[int, NDArray[np.float32]] = {}
 
-    def keep(name: str, values: NDArray[np.float32]) -> None:
-        outputs[int(name.removeprefix("l_out-"))] = values
+    def keep(tensor: GgmlTensor) -> None:
+        outputs[int(tensor.name.removeprefix(b"l_out-"))] = rows_of(tensor)
 
-    with Observer(lambda name: name.startswith("l_out-"), keep) as observer:
+    with Observer(lambda tensor: tensor.name.startswith(b"l_out-"), keep) as observer:
         engine = Engine(path, n_ctx=len(rows) + 8, n_gpu_layers=0, n_batch=len(rows) + 8, observer=observer.callback)
         try:
             engine.decode_embeddings(rows, logits=True)

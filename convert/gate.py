@@ -6,15 +6,15 @@ because it is known to be wrong for some right files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llava_edge.convert import diagnose, parity
+from llava_edge.convert.cases import QUESTIONS, TEXT_TOKENS, Case, ask, follow
 from llava_edge.convert.mmproj_reader import MmprojReader
-from llava_edge.convert.token_ids import measure_tokenizer, runtime_prompt
+from llava_edge.convert.token_ids import measure_tokenizer
 from llava_edge.engine import Engine
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.images import normalize
@@ -33,32 +33,8 @@ if TYPE_CHECKING:
     from llava_edge.convert.checkpoint import Checkpoint
     from llava_edge.convert.reference import Reference
 
-QUESTIONS = (
-    "What is in this picture?",
-    "Describe the image briefly.",
-    "Which colours do you see? Name 2.",
-    "Is there an animal or a person?",
-    "Where was this photo taken?",
-    "Tell me a story about it.",
-    "What is on the left side?",
-    "How many things are there?",
-)
-ANSWER_TOKENS = 40
-POSITIONS = 200
-_TEXT_TOKENS = 512  # room for a question and its answer
 # Above this size llama.cpp's repacked copy of the weights would not fit a laptop's memory beside the reference.
 _REPACK_BYTES = 2 * 1024**3
-
-
-@dataclass(frozen=True)
-class Case:
-    """One prompt with a picture and the answer that the first language model gave: rows ``[T, D]``, tokens, logits."""
-
-    before: list[int]
-    picture: NDArray[np.float32]
-    after: list[int]
-    tokens: list[int]
-    logits: NDArray[np.float32]
 
 
 class Gate:
@@ -122,7 +98,7 @@ class Gate:
 
     def open_engine(self, path: Path) -> Engine:
         """A language model as the runtime loads it, on the CPU."""
-        longest = max(map(len, self._shown)) + _TEXT_TOKENS
+        longest = max(map(len, self._shown)) + TEXT_TOKENS
         repack = path.stat().st_size < _REPACK_BYTES
         return Engine(path, n_ctx=longest, n_gpu_layers=0, repack=repack)
 
@@ -134,11 +110,11 @@ class Gate:
             tokens = measure_tokenizer(engine, self._tokenizer, self._checkpoint, QUESTIONS)
             self._record("tokenizer", None, parity.as_dict(tokens))
             failures += [f"{name}: {words}" for words in tokens.failures()]
-            self._cases = self._ask(engine)
+            self._cases = ask(engine, self._checkpoint.description.prompt, self._shown)
             self._expected = self._answer_of_reference()
             found = [case.logits for case in self._cases]
         else:
-            found = [_follow(engine, case) for case in self._cases]
+            found = [follow(engine, case) for case in self._cases]
         said = parity.compare_logits(found, self._expected)
         self._record("llm", type_name, parity.as_dict(said))
         wrong = [f"{name}: {words}" for words in said.failures(parity.LLM_LIMITS[type_name])]
@@ -147,16 +123,6 @@ class Gate:
             rows = self._inputs([case])[0][: len(case.before) + len(case.picture) + len(case.after)]
             wrong += diagnose.language_model(engine.path, rows, self._reference)
         return failures + wrong
-
-    def _ask(self, engine: Engine) -> list[Case]:
-        """Greedy answers to questions about pictures, until there are enough positions to compare."""
-        cases: list[Case] = []
-        for question in QUESTIONS:
-            before, after = runtime_prompt(engine, self._checkpoint, question)
-            cases += [_answer(engine, before, picture, after) for picture in self._shown]
-            if sum(len(case.tokens) for case in cases) >= POSITIONS:
-                break
-        return cases
 
     def _answer_of_reference(self) -> list[NDArray[np.float32]]:
         counts = [len(case.tokens) for case in self._cases]
@@ -192,32 +158,3 @@ def misread(checkpoint: Checkpoint) -> str | None:
     if checkpoint.projector.depth > 2:
         return f"llama.cpp runs two layers of a projector; this one has {checkpoint.projector.depth}"
     return None
-
-
-def _answer(engine: Engine, before: list[int], picture: NDArray[np.float32], after: list[int]) -> Case:
-    _read(engine, before, picture, after)
-    logits = [engine.logits()]
-    tokens = [int(logits[-1].argmax())]
-    while len(tokens) < ANSWER_TOKENS and not engine.is_end(tokens[-1]):
-        engine.decode_tokens(tokens[-1:])
-        logits.append(engine.logits())
-        tokens.append(int(logits[-1].argmax()))
-    return Case(before, picture, after, tokens, np.stack(logits))
-
-
-def _follow(engine: Engine, case: Case) -> NDArray[np.float32]:
-    _read(engine, case.before, case.picture, case.after)
-    rows = [engine.logits()]
-    for token in case.tokens[:-1]:
-        engine.decode_tokens([token])
-        rows.append(engine.logits())
-    return np.stack(rows)
-
-
-def _read(engine: Engine, before: list[int], picture: NDArray[np.float32], after: list[int]) -> None:
-    engine.truncate(0)
-    if before:
-        engine.decode_tokens(before, logits=False)
-    engine.decode_embeddings(picture, logits=not after)
-    if after:
-        engine.decode_tokens(after)

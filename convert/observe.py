@@ -47,9 +47,9 @@ GgmlTensor._fields_ = [
 
 
 class Observer:
-    """Calls ``see(name, values)`` with a copy of every float32 tensor whose name ``wants`` takes, rows first."""
+    """Calls ``see`` with every tensor that ``wants`` takes, once it is computed; it is valid during the call."""
 
-    def __init__(self, wants: Callable[[str], bool], see: Callable[[str, NDArray[np.float32]], None]) -> None:
+    def __init__(self, wants: Callable[[GgmlTensor], bool], see: Callable[[GgmlTensor], None]) -> None:
         self._wants = wants
         self._see = see
         self.failure: BaseException | None = None
@@ -66,11 +66,10 @@ class Observer:
         """llama.cpp asks first whether a tensor is wanted, and shows it once it is computed."""
         try:
             tensor = ctypes.cast(pointer, ctypes.POINTER(GgmlTensor)).contents
-            name = tensor.name.decode("utf-8", "replace")
-            if not self._wants(name):
+            if not self._wants(tensor):
                 return not ask
             if not ask:
-                self._see(name, rows_of(tensor))
+                self._see(tensor)
         except BaseException as failure:  # must not pass through C
             self.failure = failure
             return False
@@ -78,9 +77,10 @@ class Observer:
 
 
 def rows_of(tensor: GgmlTensor) -> NDArray[np.float32]:
-    """A copy of a contiguous float32 tensor in the CPU's memory, ``[rows, columns]``."""
-    columns, rows = tensor.ne[0], tensor.ne[1] * tensor.ne[2] * tensor.ne[3]
-    if tensor.type != _F32 or tensor.nb[0] != 4 or tensor.nb[1] != 4 * columns:
-        raise TypeError(f"tensor {tensor.name!r} is no contiguous matrix of float32")
-    buffer = (ctypes.c_float * (rows * columns)).from_address(tensor.data)
-    return np.frombuffer(buffer, dtype=np.float32).reshape(rows, columns).copy()
+    """A copy of a float32 matrix in the CPU's memory, ``[rows, columns]``."""
+    columns, rows = tensor.ne[0], tensor.ne[1]
+    if tensor.type != _F32 or tensor.nb[0] != 4 or tensor.ne[2] * tensor.ne[3] != 1 or not tensor.data:
+        raise TypeError(f"tensor {tensor.name!r} is no matrix of float32")
+    last = (rows - 1) * tensor.nb[1] // 4 + columns
+    flat = np.frombuffer((ctypes.c_float * last).from_address(tensor.data), dtype=np.float32)
+    return np.lib.stride_tricks.as_strided(flat, (rows, columns), (tensor.nb[1], 4)).copy()

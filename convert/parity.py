@@ -54,7 +54,7 @@ LLM_LIMITS = {
     "F32": LlmLimits(0.001, 0.99),
     "F16": LlmLimits(0.001, 0.99),
     "BF16": LlmLimits(0.01, 0.97),
-    "Q8_0": LlmLimits(0.02, 0.95),
+    "Q8_0": LlmLimits(0.02, 0.9),
     "Q6_K": LlmLimits(0.05, 0.9),
     "Q5_K_M": LlmLimits(0.1, 0.85),
     "Q5_K_S": LlmLimits(0.1, 0.85),

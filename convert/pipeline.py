@@ -15,7 +15,8 @@ from llava_edge.bundle import MANIFEST_NAME, Backend, BundleFile, Manifest, Prob
 from llava_edge.convert import publish
 from llava_edge.convert.checkpoint import Checkpoint, Options, open_checkpoint
 from llava_edge.convert.quantize import LLM_TYPES, MMPROJ_TYPES, Quantized, check_type, describe, quantize
-from llava_edge.errors import InputError, ModelError
+from llava_edge.errors import InputError, ParityError
+from llava_edge.quant_types import VISION_TYPES
 
 if TYPE_CHECKING:
     from llava_edge.convert.gate import Gate
@@ -26,14 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PROBE_ROWS = 8
-VISION_TYPES = ("auto", "fp32", "int8", "none")
-FLOATS = ("F32", "F16", "BF16")
 # Smaller than this and a step is over before a line about it is read.
 _SLOW_STEP_SECONDS = 5.0
-
-
-class ParityError(ModelError):
-    """A written file does not compute what the checkpoint says."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "llm_type", check_type(self.llm_type, LLM_TYPES))
         object.__setattr__(self, "mmproj_type", check_type(self.mmproj_type, MMPROJ_TYPES))
-        object.__setattr__(self, "vision", check_type(self.vision, VISION_TYPES))
+        object.__setattr__(self, "vision", check_type(self.vision, ("auto", *VISION_TYPES)))
 
 
 class Conversion:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from llava_edge.convert.cases import prompt_ids
 from llava_edge.convert.parity import TokenizerParity
 from llava_edge.convert.tokenizer import space_rule
-from llava_edge.prompt import BundleFormat, ImageRef, PromptTokenizer, TokenRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,24 +41,13 @@ def measure_tokenizer(
     rows = [(text, engine.tokenize(rule.apply(text), special=False), _ids(tokenizer, text)) for text in TEXTS]
     for question in questions:
         sides = zip(
-            runtime_prompt(engine, checkpoint, question),
+            prompt_ids(engine, checkpoint.description.prompt, question),
             reference_prompt(tokenizer, checkpoint, question),
             strict=True,
         )
         rows += [(question, found, expected) for found, expected in sides]
     different = [f"{text!r} gives {found}, expected {ids}" for text, found, ids in rows if found != ids]
     return TokenizerParity(len(rows), len(rows) - len(different), different[0] if different else None)
-
-
-def runtime_prompt(engine: Engine, checkpoint: Checkpoint, question: str) -> tuple[list[int], list[int]]:
-    """The token ids before and after a picture, made as the runtime makes them."""
-    units = PromptTokenizer(engine).units(
-        BundleFormat(checkpoint.description.prompt).turn(0, [ImageRef("")], question, None)
-    )
-    at = next(index for index, unit in enumerate(units) if isinstance(unit, ImageRef))
-    before = [token for unit in units[:at] if isinstance(unit, TokenRun) for token in unit.ids]
-    after = [token for unit in units[at + 1 :] if isinstance(unit, TokenRun) for token in unit.ids]
-    return before, after
 
 
 def reference_prompt(

@@ -60,6 +60,8 @@ class Engine:
         Whether llama.cpp may keep a copy of the weights in an order that its kernels read faster.
     observer
         llama.cpp's evaluation callback, for measurements; the caller keeps it alive.
+    every_output
+        Compute logits of every token, so that all of them pass through the last layer; also for measurements.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Engine:
         n_batch: int = 512,
         repack: bool = True,
         observer: Any = None,
+        every_output: bool = False,
     ) -> None:
         self.path = Path(path)
         self.worker = native.Worker()
@@ -81,12 +84,12 @@ class Engine:
         try:
             self.n_threads = n_threads or native.default_threads()
             self._load(n_gpu_layers, repack)
-            self._make_context(n_ctx, n_batch, observer)
+            self._make_context(n_ctx, n_batch, observer, every_output)
         except BaseException:
             self.close()
             raise
         self.n_past = 0
-        self._batches = _Batches(self._library, self.n_batch)
+        self._batches = _Batches(self._library, self.n_batch, every_output)
 
     def close(self) -> None:
         """Free the model; a second call does nothing."""
@@ -302,14 +305,14 @@ class Engine:
         self.n_ctx_train: int = library.llama_model_n_ctx_train(self._model)
         self.uses_mrope: bool = library.llama_model_rope_type(self._model) in (_MROPE, _IMROPE)
 
-    def _make_context(self, n_ctx: int | None, n_batch: int, observer: Any) -> None:
+    def _make_context(self, n_ctx: int | None, n_batch: int, observer: Any, every_output: bool) -> None:
         library = self._library
         params = library.llama_context_default_params()
         params.n_ctx = n_ctx or min(DEFAULT_CTX, self.n_ctx_train)
         params.n_batch = params.n_ubatch = min(n_batch, params.n_ctx)
         params.n_seq_max = 1
         # Only the last token's logits are ever read; the default reserves a row of the vocabulary for each token.
-        params.n_outputs_max = 1
+        params.n_outputs_max = params.n_batch if every_output else 1
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = True
         params.no_perf = True
@@ -345,8 +348,9 @@ class Engine:
 class _Batches:
     """llama.cpp's batches over NumPy memory. A batch is valid until the next one is made."""
 
-    def __init__(self, library: Any, size: int) -> None:
+    def __init__(self, library: Any, size: int, every_output: bool) -> None:
         self._library = library
+        self._every_output = every_output
         self._counts = np.ones(size, np.int32)
         self._sequence = ctypes.c_int32(0)
         pointer = ctypes.POINTER(ctypes.c_int32)
@@ -366,8 +370,8 @@ class _Batches:
 
     def _batch(self, count: int, places: NDArray[Any], logits: bool, data: NDArray[Any]) -> Any:
         positions = np.ascontiguousarray(places, np.int32)
-        self._outputs[:count] = 0
-        self._outputs[count - 1] = logits
+        self._outputs[:count] = self._every_output
+        self._outputs[count - 1] |= logits
         self._held = (positions, data)
         batch = self._library.llama_batch()
         batch.n_tokens = count

@@ -166,6 +166,11 @@ class Model:
         self.engine.close()
         self._encoded.clear()
 
+    @property
+    def bundle(self) -> Bundle | None:
+        """The bundle that this model was loaded from; None for a raw pair of files."""
+        return self._parts.bundle
+
     def chat(self, system: str | None = None) -> ChatSession:
         """Begin a conversation.
 

@@ -10,8 +10,9 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_edge.bundle import PromptFormat
+from llava_edge.convert.cases import QUESTIONS
 from llava_edge.convert.checkpoint import open_checkpoint
-from llava_edge.convert.gate import QUESTIONS, Gate
+from llava_edge.convert.gate import Gate
 from llava_edge.convert.llm import interleave_rope, write_llm
 from llava_edge.convert.prompts import jinja_source
 from llava_edge.convert.reference import Reference
