@@ -44,7 +44,7 @@ def write_llm(
     arch, name = _ARCHS[text.model_type]
     writer = TensorWriter(path, arch, name, float_type)
     _add_keys(writer.gguf, checkpoint)
-    rule = space_rule(tokenizer, split_calls=checkpoint.split_calls)
+    rule = space_rule(tokenizer)
     add_tokenizer(writer.gguf, tokenizer, rule, text.vocab_size)
     writer.gguf.add_chat_template(jinja_source(checkpoint.description.prompt, bos_added=rule.adds_bos))
     for target, tensor in _tensors(checkpoint, weights, arch):

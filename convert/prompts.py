@@ -86,7 +86,7 @@ def find_prompt(
     """The conversation format of a checkpoint, and a sentence that says where it comes from.
 
     ``name`` is one of ``NAMED`` and wins; then comes the checkpoint's chat template, then ``otherwise``.
-    ``split_calls``: see :func:`llava_edge.convert.tokenizer.space_rule`.
+    ``split_calls`` is the original code, which has formats of its own.
     """
     tokenizer = load_tokenizer(directory)
     if name is not None and name not in NAMED:
@@ -107,7 +107,7 @@ def find_prompt(
             f"{directory} has neither a llava_edge.json nor a chat template, so its conversation format is unknown",
             hint=f"Name it with --prompt: {', '.join(NAMED)}.",
         )
-    rule = space_rule(tokenizer, split_calls=split_calls)
+    rule = space_rule(tokenizer)
     return _with_opening(NAMED[chosen](*_ends(tokenizer)), tokenizer, rule), f"conversation format: {chosen}"
 
 

@@ -165,7 +165,10 @@ def text_config(family: Family, vocab_size: int) -> PretrainedConfig:
 
 
 def write_tokenizer(llm: Llm, directory: Path) -> int:
-    """Train a tokenizer of the model's kind on a few lines; returns the size of its vocabulary."""
+    """Train a tokenizer of the model's kind on a few lines; returns the size of its vocabulary.
+
+    SentencePiece's is there as its model only, as in the original format.
+    """
     if llm in ("vicuna", "mistral"):
         return _write_sentencepiece(directory, ["<image>"])
     specials = {
@@ -261,6 +264,8 @@ def _write_hf(
         with torch.no_grad():
             model.model.image_newline.copy_(newline)
     model.save_pretrained(directory)
+    if (directory / "tokenizer.model").is_file():
+        transformers.LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
     _write_json(directory / "preprocessor_config.json", preprocessor(family))
     templates = {"vicuna": VICUNA, "mistral": INSTRUCT, "llama3": LLAMA3}
     (directory / "chat_template.jinja").write_text(templates.get(family.llm, CHATML))

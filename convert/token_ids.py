@@ -37,7 +37,7 @@ def measure_tokenizer(
     engine: Engine, tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint, questions: Sequence[str]
 ) -> TokenizerParity:
     """Compare ids on varied texts, and those of whole prompts with a picture in them."""
-    rule = space_rule(tokenizer, split_calls=checkpoint.split_calls)
+    rule = space_rule(tokenizer)
     rows = [(text, engine.tokenize(rule.apply(text), special=False), _ids(tokenizer, text)) for text in TEXTS]
     for question in questions:
         sides = zip(
@@ -55,7 +55,7 @@ def reference_prompt(
 ) -> tuple[list[int], list[int]]:
     """The same ids by the reference's way: one call with a marker in the text, or a call for each side of it."""
     prompt = checkpoint.description.prompt
-    rule = space_rule(tokenizer, split_calls=checkpoint.split_calls)
+    rule = space_rule(tokenizer)
     system = prompt.system.replace("{system}", prompt.default_system) if prompt.default_system else ""
     # The blank that opens a prompt is the tokenizer's own when the text stands at the start of a call.
     begin = prompt.bos.removesuffix(" ") if rule.opening else prompt.bos

@@ -44,7 +44,7 @@ class SpaceRule:
 
     def apply(self, text: str) -> str:
         """What llama.cpp has to read to do what the reference does with a text that stands alone."""
-        return f" {text}" if self.opening and text and not text.startswith(" ") else text
+        return f" {text}" if self.opening and text and not text.startswith((" ", _SPACE)) else text
 
 
 @functools.lru_cache(maxsize=4)
@@ -53,23 +53,35 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     import transformers
 
     try:
+        if (directory / "tokenizer.model").is_file() and not (directory / "tokenizer.json").is_file():
+            return _as_sentencepiece(transformers.LlamaTokenizer.from_pretrained(directory, local_files_only=True))
         return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # damaged files fail in every way
         raise InputError(f"can't read the tokenizer of {directory}: {error}") from None
 
 
-def space_rule(tokenizer: PreTrainedTokenizerBase, *, split_calls: bool = False) -> SpaceRule:
-    """Told by the tokenizer's structure.
+def _as_sentencepiece(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Put a blank in front of every text, as SentencePiece does, whether it begins with one or not.
 
-    ``split_calls`` says that the text before and after a picture are calls of their own, each with a first word.
+    Where a checkpoint has no other file, that is how its model was trained; transformers 5 does it in other ways.
     """
+    from tokenizers import normalizers
+
+    steps = [normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    found: PreTrainedTokenizerBase = tokenizer
+    return found
+
+
+def space_rule(tokenizer: PreTrainedTokenizerBase) -> SpaceRule:
+    """Told by the tokenizer's structure."""
     spec = _spec(tokenizer)
     adds = _adds_bos(tokenizer)
     split = spec["pre_tokenizer"] or {}
     if split.get("type") == "Metaspace":
-        always = split["prepend_scheme"] == "always" or (split_calls and split["prepend_scheme"] == "first")
-        opening = split["prepend_scheme"] == "first" and not always
-        return SpaceRule(prefix=always, one=True, opening=opening, adds_bos=adds)
+        scheme = split["prepend_scheme"]
+        return SpaceRule(prefix=scheme == "always", one=True, opening=scheme == "first", adds_bos=adds)
     steps = (spec["normalizer"] or {}).get("normalizers", [spec["normalizer"] or {}])
     prepends = any(step.get("type") == "Prepend" for step in steps)
     return SpaceRule(prefix=prepends, one=False, opening=False, adds_bos=adds)

@@ -118,8 +118,8 @@ class Engine:
         """Token ids of a text. Only with ``special`` do the names of control tokens become these tokens."""
         if self._normalizes:
             text = unicodedata.normalize("NFC", text)
-        if self._one_space and text.startswith(" "):
-            if text == " ":  # llama.cpp would make two of it, and nothing of an empty text
+        if self._one_space and text.startswith((" ", "\u2581")):
+            if len(text) == 1:  # llama.cpp would make two of it, and nothing of an empty text
                 return self._tokenize("\n", special)[:1]
             text = text[1:]
         return self._tokenize(text, special)
