@@ -59,7 +59,7 @@ class Observer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.failure is not None and error is None:
+        if self.failure is not None:
             raise self.failure
 
     def _on_tensor(self, pointer: Any, ask: bool, _data: Any) -> bool:

@@ -119,6 +119,8 @@ def tower_from_config(config: PretrainedConfig, *, class_token: bool | None = No
     for field, value in wanted.items():
         if getattr(config, field) != value:
             raise unsupported(f"vision_config.{field}", getattr(config, field), value)
+    if class_token is False and family == "clip":
+        raise unsupported("vision_class_token", class_token, True)
     hidden = int(config.hidden_size * config.mlp_ratio) if family == "dinov2" else config.intermediate_size
     return Tower(
         family=family,

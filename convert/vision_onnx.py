@@ -186,11 +186,13 @@ def _save(graph: _Graph, checkpoint: Checkpoint, extra: list[str], path: Path) -
     for name in extra:
         outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", tokens, tower.width]))
     model = helper.make_model(
-        helper.make_graph(graph.nodes, "vision", [inputs], outputs, graph.tensors),
+        helper.make_graph(graph.nodes, "vision", [inputs], outputs),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=IR_VERSION,
         producer_name="llava-edge",
     )
+    while graph.tensors:  # one by one, because a large tower must not be in memory twice
+        model.graph.initializer.append(graph.tensors.pop())
     if model.ByteSize() > _LARGEST_FILE:
         raise ModelError("the vision tower is larger than an ONNX file can be, 2 GB", hint="Take --vision none.")
     onnx.save_model(model, path)

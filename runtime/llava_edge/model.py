@@ -294,6 +294,10 @@ def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None, visio
     bundle = resolve_model(model)
     manifest = bundle.manifest
     candidates(bundle, vision_backend)  # refuses here what could not run later
+    if manifest.parity is None:
+        log.warning(
+            "%s was never compared with its checkpoint: its answers may differ from the reference's", manifest.name
+        )
     tokens = manifest.visual_tokens
     count = tokens.default if image_tokens is None else image_tokens
     if count not in pooled_counts(tokens.grid):

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 from llava_edge.bundle import open_bundle
 from llava_edge.convert import convert_checkpoint, lora
@@ -106,6 +108,24 @@ def test_a_merged_weight_is_the_base_plus_the_scaled_product(adapter: Path) -> N
     merged = open_checkpoint(adapter).open_weights().take("language_model.layers.1.self_attn.q_proj.weight")
     np.testing.assert_allclose(merged, base + 2.0 * (up @ down), atol=1e-6)
     assert np.abs(merged - base.numpy()).max() > 0.01
+
+
+def test_an_adapter_of_peft_on_transformers_format_is_merged_as_peft_does(tmp_path: Path) -> None:
+    base = make(FAMILIES["HF llava"], tmp_path / "base")
+    model = get_peft_model(
+        LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, lora_alpha=6, target_modules=r".*language_model.*\.(q_proj|down_proj)"),
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    weights = open_checkpoint(tmp_path / "adapter").open_weights()
+    for name, parameter in model.merge_and_unload().named_parameters():
+        if "language_model.layers.1" in name:
+            merged = weights.take(name.removeprefix("model."))
+            np.testing.assert_allclose(merged, parameter.detach().numpy(), atol=1e-6)
 
 
 def test_an_adapter_that_can_not_be_merged_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -150,6 +150,19 @@ def test_a_template_is_taken_apart_and_written_again(checkpoint_of: Callable[[Ll
     assert again == prompt
 
 
+def test_a_template_that_sorts_its_parts_is_taken_apart(checkpoint_of: Callable[[Llm], Checkpoint]) -> None:
+    template = (
+        "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['role'].upper() + ': ' }}{% endif %}"
+        "{% for c in m['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+        "{% for c in m['content'] | selectattr('type', 'equalto', 'text') %}{{ c['text'] + ' ' }}{% endfor %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    prompt = from_template(template, load_tokenizer(checkpoint_of("vicuna").directory))
+    assert (prompt.user_prefix, prompt.image_suffix, prompt.user_suffix) == ("USER: ", "\n", " ")
+    assert (prompt.assistant_prefix, prompt.turn_end, prompt.stop) == ("ASSISTANT:", " ", ("</s>",))
+    assert (prompt.bos, prompt.system, prompt.default_system) == ("<s> ", "{system} ", None)
+
+
 TYPED = "(message['content'] | map(attribute='text', default='<image>\n') | join)"
 
 
