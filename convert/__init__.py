@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["convert_checkpoint"]
+__all__ = ["convert_checkpoint", "make_imatrix", "quantize_bundle"]
 
 
 def convert_checkpoint(
@@ -15,32 +15,49 @@ def convert_checkpoint(
     *,
     llm_type: str = "Q4_K_M",
     mmproj_type: str = "Q8_0",
+    vision: str = "auto",
+    imatrix: Path | None = None,
     verify: bool = True,
     force: bool = False,
+    prompt: str | None = None,
+    vision_tower: Path | None = None,
+    base: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Convert a checkpoint in Hugging Face format into a bundle.
+    """Convert a checkpoint into a bundle.
 
     Parameters
     ----------
     checkpoint
-        A directory with ``config.json``, safetensors files, a tokenizer and ``llava_edge.json``.
+        A directory in the format of transformers (``llava``, ``llava_next``) or of the original LLaVA, or a LoRA
+        adapter of one.
     output
         The bundle's directory. It appears when everything in it is complete.
     llm_type, mmproj_type
-        Precision of the two files, such as ``F16``, ``Q8_0``, ``Q4_K_M``.
+        Precision of the two GGUF files, such as ``F16``, ``Q8_0``, ``Q4_K_M``.
+    vision
+        The ONNX vision model: ``fp32``, ``int8``, ``none``, or ``auto`` for ``int8`` where llama.cpp can't run the
+        tower and ``none`` elsewhere.
+    imatrix
+        An importance matrix for the language model, as ``llava-edge imatrix`` writes it.
     verify
         Measure every file against the checkpoint and fail below the limits. Without it the manifest's ``parity`` is
         null.
     force
         Replace ``output`` if it is a bundle; files in it that its manifest doesn't list are kept.
+    prompt
+        The name of a conversation format, for a checkpoint that doesn't tell its own.
+    vision_tower
+        The directory of the vision tower, for a checkpoint in the original format that only refers to it.
+    base
+        The model that a LoRA adapter was trained on.
     progress
         Called with a line of text before each step.
 
     Returns
     -------
     dict
-        ``output``, ``files`` (name, type, bytes, fall-backs), ``parity``, ``seconds``.
+        ``output``, ``files`` (name, type, bytes, fall-backs), ``backends``, ``notes``, ``parity``, ``seconds``.
 
     Raises
     ------
@@ -51,6 +68,102 @@ def convert_checkpoint(
     MissingExtraError
         torch, transformers or safetensors are not installed.
     """
-    from llava_edge.convert.pipeline import Conversion
+    from llava_edge.convert.checkpoint import Options
+    from llava_edge.convert.pipeline import Conversion, Plan
 
-    return Conversion(Path(checkpoint), Path(output), llm_type, mmproj_type, verify, force, progress).run()
+    options = Options(prompt, vision_tower, base)
+    plan = Plan(Path(checkpoint), Path(output), llm_type, mmproj_type, vision, imatrix, verify, force, options)
+    return Conversion(plan, progress).run()
+
+
+def quantize_bundle(
+    bundle: Path,
+    output: Path,
+    llm_type: str,
+    *,
+    mmproj_type: str | None = None,
+    vision: str | None = None,
+    imatrix: Path | None = None,
+    verify: bool = True,
+    force: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Make a bundle smaller.
+
+    Parameters
+    ----------
+    bundle
+        A bundle whose language model is F16, BF16 or F32.
+    output
+        The new bundle's directory.
+    llm_type, mmproj_type, vision
+        Types of the new files; None leaves one as it is, and ``none`` for ``vision`` leaves it out.
+    imatrix
+        An importance matrix for the language model.
+    verify
+        Compare the new files with the old ones, and fail where they are too far apart.
+    force
+        Replace ``output`` if it is a bundle.
+    progress
+        Called with a line of text before each step.
+
+    Returns
+    -------
+    dict
+        ``output``, ``files`` (name, type, bytes before and after, fall-backs), ``bytes_before``, ``bytes``,
+        ``measured``, ``seconds``.
+
+    Raises
+    ------
+    InputError
+        A type that can't be made of what is there.
+    ParityError
+        The new files are too far from the old ones.
+    """
+    from llava_edge.convert.shrink import Quantization, QuantizePlan
+
+    plan = QuantizePlan(Path(bundle), Path(output), llm_type, mmproj_type, vision, imatrix, verify, force)
+    return Quantization(plan, progress).run()
+
+
+def make_imatrix(
+    bundle: Path,
+    data: Path,
+    images: Path | None,
+    output: Path,
+    *,
+    text_weight: float = 1.0,
+    image_weight: float = 1.0,
+    answer_weight: float = 1.0,
+    limit: int | None = None,
+    n_ctx: int | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Write an importance matrix that has seen pictures.
+
+    Parameters
+    ----------
+    bundle
+        A bundle, best one whose language model is F16.
+    data, images
+        Instruction data in LLaVA's JSON and the folder of its pictures; None leaves the pictures out.
+    output
+        The new file, in llama.cpp's GGUF format of importance matrices.
+    text_weight, image_weight, answer_weight
+        What a token counts, by its kind.
+    limit, n_ctx
+        Only the first so many samples, and the longest that is not skipped.
+    progress
+        Called with a line of text now and then.
+
+    Returns
+    -------
+    dict
+        ``output``, ``samples``, ``skipped``, ``tokens`` by kind, ``matrices``, ``seconds``.
+    """
+    from llava_edge.convert import imatrix
+
+    weights = imatrix.Weights(text_weight, image_weight, answer_weight)
+    return imatrix.make_imatrix(
+        Path(bundle), Path(data), images, Path(output), weights=weights, limit=limit, n_ctx=n_ctx, progress=progress
+    )

@@ -1,64 +1,160 @@
-"""The parity gate of one conversion: prompts and pictures prepared once, then measured on every pair of files."""
+"""The parity gate of one conversion: pictures and questions prepared once, then measured on every written file.
+
+Every file is loaded as the runtime loads it. Only llama.cpp's reading of an mmproj is measured beside a correct one,
+because it is known to be wrong for some right files.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_edge.convert import parity
+import numpy as np
+
+from llava_edge.convert import diagnose, parity
+from llava_edge.convert.cases import QUESTIONS, TEXT_TOKENS, Case, ask, follow
+from llava_edge.convert.mmproj_reader import MmprojReader
+from llava_edge.convert.token_ids import measure_tokenizer
 from llava_edge.engine import Engine
+from llava_edge.errors import LlavaEdgeError
+from llava_edge.images import normalize
+from llava_edge.vision import anyres
+from llava_edge.vision.mtmd import MtmdEncoder
+from llava_edge.vision.onnx import OnnxEncoder
+from llava_edge.vision.tokens import pool, pooled_grid
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+    from PIL import Image
     from transformers import PreTrainedTokenizerBase
 
-    from llava_edge.convert.checkpoint import Description
+    from llava_edge.convert.checkpoint import Checkpoint
     from llava_edge.convert.reference import Reference
 
-_N_CTX = 1024
+# Above this size llama.cpp's repacked copy of the weights would not fit a laptop's memory beside the reference.
+_REPACK_BYTES = 2 * 1024**3
 
 
 class Gate:
     """Measures files and keeps the figures for the manifest."""
 
-    def __init__(self, reference: Reference, tokenizer: PreTrainedTokenizerBase, description: Description) -> None:
+    def __init__(self, checkpoint: Checkpoint, reference: Reference, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._checkpoint = checkpoint
+        self._reference = reference
         self._tokenizer = tokenizer
-        self._prompt = description.prompt
-        self._images = parity.pictures(description.image.size)
-        self._embeddings = [reference.encode(image) for image in self._images]
-        self._cases = parity.make_cases(reference, tokenizer, description, self._embeddings)
-        self._report: dict[str, Any] = {"reference": reference.versions, "mmproj": {}, "llm": {}}
-
-    def measure(self, llm: Path, llm_type: str, mmproj: Path, mmproj_type: str) -> list[str]:
-        """Measure a pair of files, those that were not measured yet; says in words what fails."""
-        failures: list[str] = []
-        longest = max(len(c.before) + len(c.picture) + len(c.after) + len(c.tokens) for c in self._cases)
-        engine = Engine(llm, n_ctx=max(_N_CTX, longest), n_gpu_layers=0)
-        try:
-            if "tokenizer" not in self._report:
-                tokens = parity.measure_tokenizer(engine, self._tokenizer, self._scaffold())
-                self._report["tokenizer"] = parity.as_dict(tokens)
-                failures += [f"{llm.name}: {words}" for words in tokens.failures()]
-            if mmproj_type not in self._report["mmproj"]:
-                seen = parity.measure_mmproj(mmproj, engine, self._images, self._embeddings)
-                self._report["mmproj"][mmproj_type] = parity.as_dict(seen)
-                failures += [f"{mmproj.name}: {w}" for w in seen.failures(parity.MMPROJ_LIMITS[mmproj_type])]
-            if llm_type not in self._report["llm"]:
-                said = parity.measure_llm(engine, self._cases)
-                self._report["llm"][llm_type] = parity.as_dict(said)
-                failures += [f"{llm.name}: {w}" for w in said.failures(parity.LLM_LIMITS[llm_type])]
-        finally:
-            engine.close()
-        return failures
+        self.images = parity.pictures(checkpoint.description.image.size)
+        self._embeddings = [reference.encode(image) for image in self.images]
+        self._shown = [self._as_read(image, rows) for image, rows in zip(self.images, self._embeddings, strict=True)]
+        reference.release_tower()
+        self._cases: list[Case] = []
+        self._expected: list[NDArray[np.float32]] = []
+        self._report: dict[str, Any] = {"reference": reference.versions}
 
     def report(self) -> dict[str, Any]:
         """All figures so far, for the manifest's ``parity``."""
         return self._report
 
-    def _scaffold(self) -> list[str]:
-        p = self._prompt
-        return [
-            p.bos + p.user_prefix,
-            p.image_suffix + parity.QUESTIONS[0] + p.user_suffix + p.assistant_prefix,
-            p.turn_end + p.user_prefix,
-            p.system.replace("{system}", "Answer briefly."),
-        ]
+    def measure_mmproj(self, path: Path, type_name: str) -> list[str]:
+        """Measure an mmproj file through a correct reader; says in words what fails."""
+        pixels = [normalize(image, self._checkpoint.description.image) for image in self.images]
+        reader = MmprojReader(path)
+        seen = parity.compare_embeddings(reader.encode(pixels), self._embeddings)
+        failures = [f"{path.name}: {words}" for words in seen.failures(parity.MMPROJ_LIMITS[type_name])]
+        if failures:
+            failures += diagnose.tower(reader.hidden_states(pixels), self._reference, self.images)
+        self._record("mmproj", type_name, parity.as_dict(seen))
+        return failures
+
+    def measure_mtmd(self, path: Path, type_name: str, engine: Engine) -> list[str]:
+        """Measure what this version of llama.cpp makes of an mmproj file. A failure only where it should be right."""
+        limits = parity.MMPROJ_LIMITS[type_name]
+        try:
+            encoder = MtmdEncoder(path, engine)
+            try:
+                seen = parity.compare_embeddings(encoder.encode(self.images), self._embeddings)
+            finally:
+                encoder.close()
+            wrong, figures = seen.failures(limits), parity.as_dict(seen)
+        except LlavaEdgeError as error:
+            wrong, figures = [str(error)], {}
+        why = misread(self._checkpoint) if wrong else None
+        self._record("mtmd", type_name, {"right": not wrong, **figures, **({"why": why} if why else {})})
+        return [] if why else [f"{path.name} in llama.cpp: {words}" for words in wrong]
+
+    def measure_onnx(self, path: Path, type_name: str, engine: Engine, deepen: Callable[[], Path]) -> list[str]:
+        """Measure an ONNX file; ``deepen`` writes one with all hidden states, should there be a fault to find."""
+        spec = self._checkpoint.description.image
+        encoder = OnnxEncoder(path, spec, engine)
+        seen = parity.compare_embeddings(encoder.encode(self.images), self._embeddings)
+        encoder.close()
+        self._record("onnx", type_name, parity.as_dict(seen))
+        failures = [f"{path.name}: {words}" for words in seen.failures(parity.ONNX_LIMITS[type_name])]
+        if failures and type_name == "fp32":
+            pixels = [normalize(image, spec) for image in self.images]
+            failures += diagnose.tower(diagnose.onnx_states(deepen(), pixels), self._reference, self.images)
+        return failures
+
+    def open_engine(self, path: Path) -> Engine:
+        """A language model as the runtime loads it, on the CPU."""
+        longest = max(map(len, self._shown)) + TEXT_TOKENS
+        repack = path.stat().st_size < _REPACK_BYTES
+        return Engine(path, n_ctx=longest, n_gpu_layers=0, repack=repack)
+
+    def measure_llm(self, engine: Engine, type_name: str) -> list[str]:
+        """Measure a language model; the first one gives the answers along which all are measured."""
+        name = engine.path.name
+        failures: list[str] = []
+        if not self._cases:
+            tokens = measure_tokenizer(engine, self._tokenizer, self._checkpoint, QUESTIONS)
+            self._record("tokenizer", None, parity.as_dict(tokens))
+            failures += [f"{name}: {words}" for words in tokens.failures()]
+            self._cases = ask(engine, self._checkpoint.description.prompt, self._shown)
+            self._expected = self._answer_of_reference()
+            found = [case.logits for case in self._cases]
+        else:
+            found = [follow(engine, case) for case in self._cases]
+        said = parity.compare_logits(found, self._expected)
+        self._record("llm", type_name, parity.as_dict(said))
+        wrong = [f"{name}: {words}" for words in said.failures(parity.LLM_LIMITS[type_name])]
+        if wrong and type_name in ("F32", "F16", "BF16"):
+            case = self._cases[0]
+            rows = self._inputs([case])[0][: len(case.before) + len(case.picture) + len(case.after)]
+            wrong += diagnose.language_model(engine.path, rows, self._reference)
+        return failures + wrong
+
+    def _answer_of_reference(self) -> list[NDArray[np.float32]]:
+        counts = [len(case.tokens) for case in self._cases]
+        return self._reference.logits(self._inputs(self._cases), counts)
+
+    def _inputs(self, cases: list[Case]) -> list[NDArray[np.float32]]:
+        """What the reference's language model reads: prompt, picture, and the answer but its last token."""
+        runs = [run for case in cases for run in (case.before, [*case.after, *case.tokens[:-1]])]
+        rows = iter(self._reference.embed(runs))
+        return [np.concatenate([next(rows), case.picture, next(rows)]) for case in cases]
+
+    def _as_read(self, image: Image.Image, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the language model reads of a picture: fewer tokens, or tiles of a wider picture put together."""
+        tokens, spec = self._checkpoint.description.visual_tokens, self._checkpoint.description.image
+        if spec.mode != "anyres":
+            return pool(rows, tokens.grid, tokens.default)
+        parts, layout = anyres.split(image.resize((image.width * 2, image.height)), spec)
+        pooled = [pool(self._reference.encode(part), tokens.grid, tokens.default) for part in parts]
+        cells = pooled_grid(tokens.grid, tokens.default)
+        return anyres.assemble(pooled, cells, layout, self._reference.newline())
+
+    def _record(self, kind: str, type_name: str | None, figures: dict[str, Any]) -> None:
+        if type_name is None:
+            self._report[kind] = figures
+        else:
+            self._report.setdefault(kind, {})[type_name] = figures
+
+
+def misread(checkpoint: Checkpoint) -> str | None:
+    """Why llama.cpp's libmtmd, as it is now, can't be right about this model; None if it should be."""
+    if checkpoint.tower.class_token:
+        return "llama.cpp appends the class token after the patches, but numbers positions as if it came first"
+    if checkpoint.projector.depth > 2:
+        return f"llama.cpp runs two layers of a projector; this one has {checkpoint.projector.depth}"
+    return None

@@ -1,8 +1,8 @@
-"""Vision tower and projector into an mmproj GGUF that llama.cpp's mtmd runs exactly.
+"""Vision tower and projector into an mmproj GGUF.
 
-The tower has no class token here: its row of the position table and the token are left out, and the graph in
-llama.cpp then numbers patches from 0 (see ``tools/mtmd/models/llava.cpp`` there). LayerScale folds into the layers
-before it. The last LayerNorm is left out because the features are taken before it.
+The file says what the model is, read correctly: every block, the layers whose features are taken, the class token
+first. Where llama.cpp reads that otherwise the parity gate finds it and the manifest ranks another backend first.
+The last LayerNorm is left out because the features are taken before it, and llama.cpp would apply it.
 """
 
 from __future__ import annotations
@@ -11,93 +11,61 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import gguf
-import numpy as np
 
 from llava_edge.convert.gguf_file import FloatType, TensorWriter
+from llava_edge.convert.projector import as_two_layers, in_layer_order, projector_layers
+from llava_edge.convert.tower import Lazy, tower_tensors
+from llava_edge.vision.anyres import NEWLINE
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from llava_edge.convert.checkpoint import Checkpoint, Weights
-
-_LAYERS = {
-    "norm1": "ln1",
-    "attention.attention.query": "attn_q",
-    "attention.attention.key": "attn_k",
-    "attention.attention.value": "attn_v",
-    "attention.output.dense": "attn_out",
-    "norm2": "ln2",
-    "mlp.fc1": "ffn_up",
-    "mlp.fc2": "ffn_down",
-}
-_SCALED_BY = {"attention.output.dense": "layer_scale1.lambda1", "mlp.fc2": "layer_scale2.lambda1"}
-_UNUSED = ("cls_token", "mask_token")
+    from llava_edge.convert.checkpoint import Checkpoint
+    from llava_edge.convert.weights import Weights
 
 
 def write_mmproj(checkpoint: Checkpoint, weights: Weights, path: Path, float_type: FloatType = "F16") -> None:
     """Write the mmproj GGUF. Norms, biases, patch and position tables stay in float32."""
     writer = TensorWriter(path, gguf.MODEL_ARCH.MMPROJ, "clip", float_type)
     _add_keys(writer.gguf, checkpoint)
-    _add_embeddings(writer, weights)
-    for block in range(checkpoint.config.vision_config.num_hidden_layers):
-        _add_block(writer, weights, block)
+    for name, tensor in tower_tensors(checkpoint.tower, weights):
+        writer.add(name, tensor, keep_float32=name in ("v.patch_embd.weight", "v.position_embd.weight"))
     _add_projector(writer, checkpoint, weights)
-    weights.leave(*(f"vision_tower.embeddings.{name}" for name in _UNUSED), *weights.names("vision_tower.layernorm."))
+    if checkpoint.image_newline:
+        width = checkpoint.projector.width
+        weights.check_shape("image_newline", (width,))
+        writer.add(NEWLINE, Lazy((width,), lambda: weights.take("image_newline")))
     writer.close()
 
 
 def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
-    vision, image = checkpoint.config.vision_config, checkpoint.description.image
+    tower, image = checkpoint.tower, checkpoint.description.image
     writer.add_type("mmproj")
     writer.add_name(checkpoint.description.name)
     writer.add_clip_has_vision_encoder(True)
     writer.add_bool("clip.has_llava_projector", True)
     writer.add_clip_projector_type("mlp")
-    writer.add_bool("clip.use_gelu", True)
-    writer.add_vision_image_size(vision.image_size)
-    writer.add_vision_patch_size(vision.patch_size)
-    writer.add_vision_embedding_length(vision.hidden_size)
-    writer.add_vision_feed_forward_length(int(vision.hidden_size * vision.mlp_ratio))
-    writer.add_vision_projection_dim(checkpoint.config.text_config.hidden_size)
-    writer.add_vision_block_count(vision.num_hidden_layers)
-    writer.add_vision_head_count(vision.num_attention_heads)
-    writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+    # false is CLIP's quick GELU; the tanh form stands for the exact one too
+    writer.add_bool("clip.use_gelu", tower.activation != "quick_gelu")
+    writer.add_vision_image_size(tower.image_size)
+    writer.add_vision_patch_size(tower.patch_size)
+    writer.add_vision_embedding_length(tower.width)
+    writer.add_vision_feed_forward_length(tower.hidden)
+    writer.add_vision_projection_dim(checkpoint.projector.width)
+    writer.add_vision_block_count(tower.blocks)
+    writer.add_vision_head_count(tower.heads)
+    writer.add_vision_attention_layernorm_eps(tower.epsilon)
     writer.add_vision_image_mean(list(image.mean))
     writer.add_vision_image_std(list(image.std))
     writer.add_array("clip.vision.feature_layer", sorted(checkpoint.feature_layers))
-
-
-def _add_embeddings(writer: TensorWriter, weights: Weights) -> None:
-    patch = "vision_tower.embeddings.patch_embeddings.projection"
-    writer.add("v.patch_embd.weight", weights.take(f"{patch}.weight"), keep_float32=True)
-    writer.add("v.patch_embd.bias", weights.take(f"{patch}.bias"))
-    positions = weights.take("vision_tower.embeddings.position_embeddings")[0]  # [1 + P, D]
-    writer.add("v.position_embd.weight", positions[1:], keep_float32=True)
-
-
-def _add_block(writer: TensorWriter, weights: Weights, block: int) -> None:
-    prefix = f"vision_tower.encoder.layer.{block}"
-    for name, short in _LAYERS.items():
-        weight, bias = weights.take(f"{prefix}.{name}.weight"), weights.take(f"{prefix}.{name}.bias")
-        if name in _SCALED_BY:
-            scale = weights.take(f"{prefix}.{_SCALED_BY[name]}")
-            weight, bias = weight * scale[:, None], bias * scale
-        writer.add(f"v.blk.{block}.{short}.weight", weight)
-        writer.add(f"v.blk.{block}.{short}.bias", bias)
+    if image.grid:
+        writer.add_array("clip.vision.image_grid_pinpoints", [edge for pair in image.grid for edge in pair])
+        writer.add_string("clip.vision.mm_patch_merge_type", "spatial_unpad")
 
 
 def _add_projector(writer: TensorWriter, checkpoint: Checkpoint, weights: Weights) -> None:
-    for number, name in ((0, "linear_1"), (2, "linear_2")):
-        weight = weights.take(f"multi_modal_projector.{name}.weight")
-        if number == 0:
-            weight = in_layer_order(weight, checkpoint.feature_layers)
-        bias_name = f"multi_modal_projector.{name}.bias"
-        bias = weights.take(bias_name) if bias_name in weights else np.zeros(len(weight), np.float32)
-        writer.add(f"mm.{number}.weight", weight)
-        writer.add(f"mm.{number}.bias", bias)
-
-
-def in_layer_order(weight: NDArray[np.float32], layers: tuple[int, ...]) -> NDArray[np.float32]:
-    """Reorder the inputs ``[out, layers x D]``: llama.cpp concatenates features by layer, whatever the config says."""
-    parts = np.split(weight, len(layers), axis=1)
-    return np.concatenate([part for _, part in sorted(zip(layers, parts, strict=True), key=lambda p: p[0])], axis=1)
+    layers = list(projector_layers(checkpoint.projector, weights))
+    (weight, bias), *rest = layers
+    ordered = Lazy(weight.shape, lambda: in_layer_order(weight.load(), checkpoint.feature_layers))
+    layers = [(ordered, bias), *rest] if rest else as_two_layers(ordered, bias)
+    for number, layer in enumerate(layers):
+        for part, tensor in zip(("weight", "bias"), layer, strict=True):
+            writer.add(f"mm.{2 * number}.{part}", tensor)

@@ -59,7 +59,7 @@ def _keep_other_files(output: Path, work: Path) -> None:
     try:
         replaced = {MANIFEST_NAME, *(file.path for file in open_bundle(output).manifest.files)}
     except ModelError:
-        replaced = {MANIFEST_NAME} | {path.name for path in output.glob("*.gguf")}
+        replaced = {MANIFEST_NAME} | {path.name for path in output.iterdir() if path.suffix in (".gguf", ".onnx")}
     for path in output.iterdir():
         if path.name in replaced or (work / path.name).exists():
             continue

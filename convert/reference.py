@@ -1,19 +1,23 @@
-"""The reference that every written file is measured against: the checkpoint in transformers, float32, on the CPU.
+"""The reference that every written file is measured against: transformers' modules in float32 on the CPU.
 
-Shapes: T tokens, P patches, D width of the language model, V size of the vocabulary.
+The vision tower is loaded whole, the language model one layer at a time from disk, so that a model of any size is
+measured with the memory of one layer. The tests compare this with transformers' own LLaVA classes.
+
+Shapes: T tokens, P patches, D width of the language model, V size of the vocabulary, W width of the tower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
+from torch.nn import functional
 
+from llava_edge.convert.projector import projector_layers
 from llava_edge.errors import InputError
 from llava_edge.images import normalize
 
@@ -22,24 +26,16 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from llava_edge.convert.checkpoint import Checkpoint
+    from llava_edge.convert.weights import Weights
 
 
 class Reference:
-    """A checkpoint loaded by transformers. InputError if a tensor is missing: it would be made up at random."""
+    """A checkpoint, computed from its own tensors. InputError if one is missing: it would be made up at random."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, weights: Weights) -> None:
         self._checkpoint = checkpoint
-        try:
-            with _no_progress_bar():
-                model, report = transformers.LlavaForConditionalGeneration.from_pretrained(
-                    checkpoint.directory, dtype=torch.float32, local_files_only=True, output_loading_info=True
-                )
-        except (RuntimeError, OSError, ValueError) as error:
-            raise InputError(f"transformers can't load {checkpoint.directory}: {error}") from None
-        wrong = {kind: sorted(map(str, names))[:3] for kind, names in report.items() if names}
-        if wrong:
-            raise InputError(f"the checkpoint's tensors don't fit its config.json: {wrong}")
-        self.model = model.eval()
+        self._weights = weights
+        self._tower: Any = None
 
     @property
     def versions(self) -> str:
@@ -48,60 +44,131 @@ class Reference:
 
     @torch.inference_mode()
     def encode(self, picture: Image.Image) -> NDArray[np.float32]:
-        """Embeddings ``[P, D]`` of an RGB picture of the tower's size, the class token hidden from every patch."""
-        parts = self.model.model
-        pixels = torch.from_numpy(normalize(picture, self._checkpoint.description.image))[None]
-        mask = torch.ones(1, self._checkpoint.description.visual_tokens.full + 1, dtype=torch.long)
-        mask[:, 0] = 0
-        states = parts.vision_tower(pixels, attention_mask=mask, output_hidden_states=True).hidden_states
-        features = torch.cat([states[layer][0, 1:] for layer in self._checkpoint.feature_layers], dim=-1)
-        embeddings: NDArray[np.float32] = parts.multi_modal_projector(features).numpy()
+        """Embeddings ``[P, D]`` of an RGB picture of the tower's size."""
+        states = self.hidden_states(picture)
+        skipped = int(self._checkpoint.tower.family != "siglip")
+        features = torch.cat([states[layer][skipped:] for layer in self._checkpoint.feature_layers], dim=-1)
+        layers = list(projector_layers(self._checkpoint.projector, self._weights))
+        for number, (weight, bias) in enumerate(layers):
+            features = functional.linear(features, torch.from_numpy(weight.load()), torch.from_numpy(bias.load()))
+            if number < len(layers) - 1:
+                features = functional.gelu(features)
+        embeddings: NDArray[np.float32] = features.numpy()
         return embeddings
 
     @torch.inference_mode()
-    def answer(
-        self, before: list[int], picture: NDArray[np.float32], after: list[int], length: int
-    ) -> tuple[list[int], NDArray[np.float32]]:
-        """The greedy answer to a prompt with a picture's embeddings in it, up to its end or ``length`` tokens.
+    def hidden_states(self, picture: Image.Image) -> list[torch.Tensor]:
+        """Hidden states ``[T, W]`` of the tower; 0 is the input of the first block."""
+        if self._tower is None:
+            self._tower = self._load_tower()
+        tower = self._checkpoint.tower
+        pixels = torch.from_numpy(normalize(picture, self._checkpoint.description.image))[None]
+        mask: dict[str, torch.Tensor] = {}
+        if tower.family != "siglip" and not tower.class_token:
+            # The token is there, and no patch sees it.
+            hidden = torch.ones(1, tower.patches + 1, dtype=torch.long)
+            hidden[:, 0] = 0
+            mask["attention_mask"] = hidden
+        return [state[0] for state in self._tower(pixels, output_hidden_states=True, **mask).hidden_states]
 
-        Returns its tokens and the logits ``[T, V]`` from which each of them was chosen.
-        """
-        embed = self.model.get_input_embeddings()
-        rows = [embed(torch.tensor(before)), torch.from_numpy(picture), embed(torch.tensor(after))]
-        step = torch.cat(rows)[None]
-        ends = _end_tokens(self.model)
-        tokens: list[int] = []
-        logits: list[NDArray[np.float32]] = []
-        cache: Any = None
-        while len(tokens) < length and not (tokens and tokens[-1] in ends):
-            output = self.model.model.language_model(inputs_embeds=step, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits.append(self.model.lm_head(output.last_hidden_state[0, -1]).numpy())
-            tokens.append(int(logits[-1].argmax()))
-            step = embed(torch.tensor(tokens[-1:]))[None]
-        return tokens, np.stack(logits)
+    def release_tower(self) -> None:
+        """Give back the tower's memory."""
+        self._tower = None
+
+    def newline(self) -> NDArray[np.float32]:
+        """The row end ``[D]`` of pictures in tiles."""
+        return self._weights.take("image_newline")
+
+    def embed(self, tokens: Sequence[Sequence[int]]) -> list[NDArray[np.float32]]:
+        """Word embeddings ``[T, D]`` of several runs of tokens."""
+        table = self._weights.take("language_model.embed_tokens.weight")
+        return [table[list(run)] for run in tokens]
+
+    @torch.inference_mode()
+    def logits(self, inputs: Sequence[NDArray[np.float32]], counts: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Logits ``[count, V]`` after the last ``count`` rows of each of several inputs ``[T, D]``."""
+        states = self._run([torch.from_numpy(rows)[None] for rows in inputs])
+        head = "language_model.embed_tokens.weight" if self._checkpoint.tied else "lm_head.weight"
+        matrix = torch.from_numpy(self._weights.take(head))
+        return [(state[0, -count:] @ matrix.T).numpy() for state, count in zip(states, counts, strict=True)]
+
+    @torch.inference_mode()
+    def layer_outputs(self, rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """What each layer makes of one input ``[T, D]``."""
+        found: list[NDArray[np.float32]] = []
+        self._run([torch.from_numpy(rows)[None]], lambda states: found.append(states[0][0].numpy().copy()))
+        return found
+
+    def _run(
+        self, states: list[torch.Tensor], visit: Callable[[list[torch.Tensor]], object] | None = None
+    ) -> list[torch.Tensor]:
+        """Send inputs ``[1, T, D]`` through all layers together: the model is read once."""
+        config = self._checkpoint.text_config
+        with torch.device("meta"):
+            kind: Any = transformers.AutoModelForCausalLM
+            skeleton = kind.from_config(config, attn_implementation="sdpa").model
+        rotary = type(skeleton.rotary_emb)(config)
+        places = [torch.arange(state.shape[1])[None] for state in states]
+        angles = [rotary(state, place) for state, place in zip(states, places, strict=True)]
+        for number, layer in enumerate(skeleton.layers):
+            self._fill(layer, f"language_model.layers.{number}.")
+            layer.eval()
+            states = [
+                _first(layer(state, attention_mask=None, position_ids=place, position_embeddings=angle))
+                for state, place, angle in zip(states, places, angles, strict=True)
+            ]
+            layer.to("meta")
+            if visit:
+                visit(states)
+        self._fill(skeleton.norm, "language_model.norm.")
+        return [skeleton.norm(state) for state in states]
+
+    def _fill(self, module: torch.nn.Module, prefix: str) -> None:
+        names = [name for name, _ in module.named_parameters()]
+        state = {name: torch.from_numpy(self._weights.take(prefix + name)) for name in names}
+        module.load_state_dict(state, strict=True, assign=True)
+
+    def _load_tower(self) -> Any:
+        """The tower, by the names that checkpoints on disk use; transformers renames them to its present ones."""
+        tower = self._checkpoint.tower
+        prefix = "vision_tower."
+        state = {
+            name.removeprefix(prefix): torch.from_numpy(self._weights.take(name))
+            for name in self._weights.names(prefix)
+        }
+        kind = type(transformers.AutoModel.from_config(_tiny(tower.config)))
+        with _quiet():
+            model, report = kind.from_pretrained(None, config=tower.config, state_dict=state, output_loading_info=True)
+        unused = {
+            name for name in report["unexpected_keys"] if not name.startswith(("head.", "embeddings.position_ids"))
+        }
+        missing = {name for name in report["missing_keys"] if not name.startswith(("post_layernorm", "head."))}
+        if unused or missing or report["mismatched_keys"]:
+            wrong = sorted(map(str, unused | missing | set(report["mismatched_keys"])))
+            raise InputError(f"the tensors of the vision tower don't fit its configuration, first {wrong[0]}")
+        return model.eval()
 
 
-def load_tokenizer(directory: Path) -> transformers.PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; nothing in the checkpoint is run."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"can't read the tokenizer of {directory}: {error}") from None
+def _tiny(config: Any) -> Any:
+    """The same kind of configuration with almost nothing in it, to learn the class of the model."""
+    return type(config)(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=8, patch_size=8)
+
+
+def _first(output: Any) -> torch.Tensor:
+    found: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return found
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """No progress bar, and no report on tensors, which is read here."""
     switch = transformers.utils.logging
-    shown = switch.is_progress_bar_enabled()
+    shown, level = switch.is_progress_bar_enabled(), switch.get_verbosity()
     switch.disable_progress_bar()
+    switch.set_verbosity_error()
     try:
         yield
     finally:
+        switch.set_verbosity(level)
         if shown:
             switch.enable_progress_bar()
-
-
-def _end_tokens(model: Any) -> set[int]:
-    found = model.config.text_config.eos_token_id
-    return set(found) if isinstance(found, list) else {found}

@@ -19,6 +19,7 @@ from llava_edge.errors import (
     LlavaEdgeError,
     MissingExtraError,
     ModelError,
+    ParityError,
 )
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "MissingExtraError",
     "Model",
     "ModelError",
+    "ParityError",
     "Reply",
     "SamplingParams",
     "Timings",

@@ -87,7 +87,7 @@ class PromptFormat:
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """How many tokens a picture takes. ``grid`` is rows and columns of the ``full`` count.
+    """How many tokens a picture takes, with ``anyres`` each tile. ``grid`` is rows and columns of the ``full`` count.
 
     ``trained`` are the counts (after grid pooling) that the model has learnt; ``default`` is used unless asked.
     """
@@ -181,6 +181,8 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``llava-edge.json``."""
         fields = {"schema": self.schema, **asdict(self)}
+        if not self.image.grid:
+            del fields["image"]["grid"]
         return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -238,6 +240,7 @@ def image_from_fields(f: Fields) -> ImageSpec:
         std=cast("tuple[float, float, float]", f.numbers("std", 3)),
         mode=mode,
         pad_color=(red, green, blue),
+        grid=f.pairs("grid") if f.has("grid") else (),
     )
 
 
@@ -257,6 +260,10 @@ class Bundle:
 
     directory: Path
     manifest: Manifest
+
+    def has(self, role: Role) -> bool:
+        """Whether the bundle has a file with this role."""
+        return any(file.role == role for file in self.manifest.files)
 
     def file(self, role: Role) -> Path:
         """The path of the file with this role; ModelError if the bundle has none."""

@@ -132,6 +132,14 @@ class TemplateFormat:
         return "".join(pieces)
 
 
+def render(template: str, messages: list[dict[str, Any]], **variables: Any) -> str:
+    """What a chat template from outside writes, in the sandbox. InputError if it fails."""
+    try:
+        return str(_Sandbox().from_string(template).render(messages=messages, **variables))
+    except Exception as error:  # a template may fail in every way that an expression can
+        raise InputError(f"the chat template failed: {type(error).__name__}: {error}") from None
+
+
 class _Refused(Exception):
     """The template called ``raise_exception``."""
 

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import logging
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_CTX = 4096
+# Keys of our own in a GGUF, for what llama.cpp's tokenizer leaves out.
+NFC_KEY = "llava_edge.tokenizer.nfc"
+ONE_SPACE_KEY = "llava_edge.tokenizer.one_space_prefix"
 # llama_token_attr, llama_vocab_type and ggml's rope types
 _CONTROL, _USER_DEFINED, _RIGHT_STRIP = 1 << 3, 1 << 4, 1 << 8
 _SPM = 1
@@ -52,6 +56,12 @@ class Engine:
         Layers on the GPU, -1 is all of them; None is all where llama.cpp was built for a GPU.
     n_batch
         Tokens that are evaluated together. A longer run is always cut at the same places.
+    repack
+        Whether llama.cpp may keep a copy of the weights in an order that its kernels read faster.
+    observer
+        llama.cpp's evaluation callback, for measurements; the caller keeps it alive.
+    every_output
+        Compute logits of every token, so that all of them pass through the last layer; also for measurements.
     """
 
     def __init__(
@@ -62,6 +72,9 @@ class Engine:
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         n_batch: int = 512,
+        repack: bool = True,
+        observer: Any = None,
+        every_output: bool = False,
     ) -> None:
         self.path = Path(path)
         self.worker = native.Worker()
@@ -70,13 +83,13 @@ class Engine:
         self._context: Any = None
         try:
             self.n_threads = n_threads or native.default_threads()
-            self._load(n_gpu_layers)
-            self._make_context(n_ctx, n_batch)
+            self._load(n_gpu_layers, repack)
+            self._make_context(n_ctx, n_batch, observer, every_output)
         except BaseException:
             self.close()
             raise
         self.n_past = 0
-        self._batches = _Batches(self._library, self.n_batch)
+        self._batches = _Batches(self._library, self.n_batch, every_output)
 
     def close(self) -> None:
         """Free the model; a second call does nothing."""
@@ -103,6 +116,15 @@ class Engine:
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
         """Token ids of a text. Only with ``special`` do the names of control tokens become these tokens."""
+        if self._normalizes:
+            text = unicodedata.normalize("NFC", text)
+        if self._one_space and text.startswith((" ", "\u2581")):
+            if len(text) == 1:  # llama.cpp would make two of it, and nothing of an empty text
+                return self._tokenize("\n", special)[:1]
+            text = text[1:]
+        return self._tokenize(text, special)
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
         data = text.encode("utf-8")
         room = len(data) + 8
         while True:
@@ -253,13 +275,14 @@ class Engine:
 
     # Loading
 
-    def _load(self, n_gpu_layers: int | None) -> None:
+    def _load(self, n_gpu_layers: int | None, repack: bool) -> None:
         library = self._library
         check_gguf(self.path)
         params = library.llama_model_default_params()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if library.llama_supports_gpu_offload() else 0
         self.n_gpu_layers = params.n_gpu_layers = n_gpu_layers
+        params.use_extra_bufts = repack
         self._progress = library.llama_progress_callback(lambda _share, _data: not self.worker.aborting)
         params.progress_callback = self._progress
         native.forget_errors()
@@ -273,24 +296,30 @@ class Engine:
         if library.llama_model_has_encoder(self._model) or not library.llama_model_has_decoder(self._model):
             raise ModelError(f"{self.path} is not a decoder-only language model")
         self._vocab_pointer = library.llama_model_get_vocab(self._model)
+        self._normalizes = self._metadata(NFC_KEY) == "true"
+        # The blank that llama.cpp puts in front of a text is one too many where there is one already.
+        prefixed = self._metadata("tokenizer.ggml.add_space_prefix") == "true"
+        self._one_space = prefixed and self._metadata(ONE_SPACE_KEY) == "true"
         self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab_pointer)
         self.n_embd: int = library.llama_model_n_embd_inp(self._model)
         self.n_ctx_train: int = library.llama_model_n_ctx_train(self._model)
         self.uses_mrope: bool = library.llama_model_rope_type(self._model) in (_MROPE, _IMROPE)
 
-    def _make_context(self, n_ctx: int | None, n_batch: int) -> None:
+    def _make_context(self, n_ctx: int | None, n_batch: int, observer: Any, every_output: bool) -> None:
         library = self._library
         params = library.llama_context_default_params()
         params.n_ctx = n_ctx or min(DEFAULT_CTX, self.n_ctx_train)
         params.n_batch = params.n_ubatch = min(n_batch, params.n_ctx)
         params.n_seq_max = 1
         # Only the last token's logits are ever read; the default reserves a row of the vocabulary for each token.
-        params.n_outputs_max = 1
+        params.n_outputs_max = params.n_batch if every_output else 1
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = True
         params.no_perf = True
         self._abort = library.ggml_abort_callback(lambda _data: self.worker.aborting)
         params.abort_callback = self._abort
+        if observer is not None:
+            params.cb_eval = observer
         native.forget_errors()
         self._context = self.worker.run(functools.partial(library.llama_init_from_model, self._model, params))
         if not self._context:
@@ -301,6 +330,12 @@ class Engine:
         if self.n_ctx > self.n_ctx_train:
             log.warning("a context of %d tokens; the model has learnt with %d", self.n_ctx, self.n_ctx_train)
         self.n_batch: int = library.llama_n_batch(self._context)
+
+    def _metadata(self, key: str) -> str | None:
+        """A value of the file's header as text."""
+        buffer = ctypes.create_string_buffer(256)
+        length = self._library.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", "replace") if length >= 0 else None
 
     def _attributes(self, token: int) -> int:
         return int(self._library.llama_vocab_get_attr(self._vocab, token))
@@ -313,8 +348,9 @@ class Engine:
 class _Batches:
     """llama.cpp's batches over NumPy memory. A batch is valid until the next one is made."""
 
-    def __init__(self, library: Any, size: int) -> None:
+    def __init__(self, library: Any, size: int, every_output: bool) -> None:
         self._library = library
+        self._every_output = every_output
         self._counts = np.ones(size, np.int32)
         self._sequence = ctypes.c_int32(0)
         pointer = ctypes.POINTER(ctypes.c_int32)
@@ -334,8 +370,8 @@ class _Batches:
 
     def _batch(self, count: int, places: NDArray[Any], logits: bool, data: NDArray[Any]) -> Any:
         positions = np.ascontiguousarray(places, np.int32)
-        self._outputs[:count] = 0
-        self._outputs[count - 1] = logits
+        self._outputs[:count] = self._every_output
+        self._outputs[count - 1] |= logits
         self._held = (positions, data)
         batch = self._library.llama_batch()
         batch.n_tokens = count

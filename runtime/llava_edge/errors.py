@@ -28,6 +28,10 @@ class ModelError(LlavaEdgeError):
     """A model can't be found, is damaged, or its parts don't belong together."""
 
 
+class ParityError(ModelError):
+    """A written file does not compute what it was made of; nothing but a report was kept."""
+
+
 class ContextFullError(LlavaEdgeError):
     """The prompt and the answer don't fit the context; the message has both numbers."""
 

@@ -106,7 +106,8 @@ def fit(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """Bring an RGB picture to the tower's square, ``spec.size`` pixels a side, as ``spec.mode`` says.
 
     ``pad`` pastes it on a square of ``spec.pad_color`` first (LLaVA 1.5), ``crop`` resizes the short edge and
-    takes the middle (LLaVA v1, CLIP), ``squash`` ignores the aspect. Resampling is bicubic.
+    takes the middle (LLaVA v1, CLIP), ``squash`` ignores the aspect, and so does ``anyres``, whose tiles
+    :mod:`llava_edge.vision.anyres` makes. Resampling is bicubic.
     """
     size = spec.size
     if spec.mode == "pad":

@@ -18,16 +18,19 @@ from llava_edge.errors import InputError, ModelError
 from llava_edge.kv_cache import KvCache
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
 from llava_edge.vision import EncodedImage
-from llava_edge.vision.tokens import pool, pooled_counts
+from llava_edge.vision.tokens import pool, pooled_counts, pooled_grid
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from PIL import Image
 
     from llava_edge.chat_template import TemplateFormat
     from llava_edge.generate import Generation
     from llava_edge.images import ImageSource
     from llava_edge.session import ChatSession
-    from llava_edge.vision.mtmd import MtmdEncoder
+    from llava_edge.vision import VisionEncoder
+    from llava_edge.vision.anyres import Layout
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ def load(
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
     image_tokens: int | None = None,
+    vision_backend: str = "auto",
     verbose: bool = False,
 ) -> Model:
     """Load a model.
@@ -62,7 +66,10 @@ def load(
     n_gpu_layers
         Layers of the language model on the GPU, -1 is all; None is all where llama.cpp was built for a GPU.
     image_tokens
-        Tokens of a picture, for bundles; None is the manifest's default.
+        Tokens of a picture (of each tile, where pictures are tiled), for bundles; None is the manifest's default.
+    vision_backend
+        What runs the vision tower: ``"onnx"``, ``"mtmd"``, or ``"auto"`` for the first in the manifest's order that
+        passes the self-check.
     verbose
         Log at level DEBUG what llama.cpp says (logger ``llava_edge.native``).
 
@@ -77,7 +84,10 @@ def load(
             raise InputError(f"{name} is {value}; expected 1 or more")
     if verbose:
         logging.getLogger("llava_edge").setLevel(logging.DEBUG)
-    parts = _raw_pair(model, llm, mmproj) if llm or mmproj else _bundle_parts(model or DEFAULT_MODEL, image_tokens)
+    if llm or mmproj:
+        parts = _raw_pair(model, llm, mmproj, vision_backend)
+    else:
+        parts = _bundle_parts(model or DEFAULT_MODEL, image_tokens, vision_backend)
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
     engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
@@ -94,18 +104,24 @@ class Parts:
 
     name: str
     llm: Path
-    mmproj: Path
+    mmproj: Path | None
     bundle: Bundle | None = None
     image_tokens: int | None = None
+    vision_backend: str = "auto"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was opened and brought to the tower's size. ``key`` is the hash of its content."""
+    """A picture that was opened and brought to the tower's size. ``key`` is the hash of its content.
+
+    A picture that is looked at in tiles has them in ``tiles``, and ``layout`` tells how they lie.
+    """
 
     name: str
     key: str
     image: Image.Image = field(repr=False)
+    tiles: tuple[Image.Image, ...] = field(default=(), repr=False)
+    layout: Layout | None = None
 
 
 class Model:
@@ -121,7 +137,9 @@ class Model:
         self.cache = KvCache(engine)
         self.answering: Generation | None = None
         self._parts = parts
-        self._encoder: MtmdEncoder | None = None
+        self.vision_backend: str | None = None
+        self._encoder: VisionEncoder | None = None
+        self._newline: NDArray[np.float32] | None = None
         self._encoded: OrderedDict[str, EncodedImage] = OrderedDict()
         self.tokenizer = PromptTokenizer(engine)
         self._template: TemplateFormat | None = None
@@ -148,6 +166,11 @@ class Model:
         self.engine.close()
         self._encoded.clear()
 
+    @property
+    def bundle(self) -> Bundle | None:
+        """The bundle that this model was loaded from; None for a raw pair of files."""
+        return self._parts.bundle
+
     def chat(self, system: str | None = None) -> ChatSession:
         """Begin a conversation.
 
@@ -162,7 +185,8 @@ class Model:
         return {
             "model": self.name,
             "llm": self._parts.llm.name,
-            "mmproj": self._parts.mmproj.name,
+            "mmproj": self._parts.mmproj.name if self._parts.mmproj else None,
+            "vision_backend": self.vision_backend,
             "n_ctx": self.engine.n_ctx,
             "n_threads": self.engine.n_threads,
             "n_gpu_layers": self.engine.n_gpu_layers,
@@ -174,9 +198,15 @@ class Model:
         name = Path(source).name if isinstance(source, (str, os.PathLike)) else f"image {number}"
         if self._parts.bundle is None:
             image = images.open_image(source)
-        else:
-            spec = self._parts.bundle.manifest.image
-            image = images.fit(images.open_image(source, pad_color=spec.pad_color), spec)
+            return Picture(name, images.content_hash(image), image)
+        spec = self._parts.bundle.manifest.image
+        image = images.open_image(source, pad_color=spec.pad_color)
+        if spec.mode == "anyres":
+            from llava_edge.vision import anyres
+
+            (whole, *tiles), layout = anyres.split(image, spec)
+            return Picture(name, images.content_hash(image), whole, tuple(tiles), layout)
+        image = images.fit(image, spec)
         return Picture(name, images.content_hash(image), image)
 
     def encode(self, picture: Picture) -> EncodedImage:
@@ -191,43 +221,45 @@ class Model:
         return encoded
 
     def _encode(self, picture: Picture) -> EncodedImage:
-        encoder = self._load_encoder()
-        if self._parts.bundle is None or self.image_tokens is None:
-            encoded = EncodedImage(picture.key, encoder.encode_chunks(picture.image))
-            if self._template is not None:
-                self._template.marked_images = encoded.marked
-            return encoded
-        tokens = self._parts.bundle.manifest.visual_tokens
-        (embeddings,) = encoder.encode([picture.image])
-        if len(embeddings) != tokens.full:
-            raise ModelError(
-                f"the vision tower gives {len(embeddings)} tokens a picture; the manifest says {tokens.full}"
-            )
-        return EncodedImage.of(picture.key, pool(embeddings, tokens.grid, self.image_tokens))
-
-    def _load_encoder(self) -> MtmdEncoder:
-        if self._encoder is None:
-            from llava_edge.vision.mtmd import MtmdEncoder
-
-            encoder = MtmdEncoder(self._parts.mmproj, self.engine)
-            try:
-                self._check(encoder)
-            except BaseException:
-                encoder.close()
-                raise
-            self._encoder = encoder
-        return self._encoder
-
-    def _check(self, encoder: MtmdEncoder) -> None:
         bundle = self._parts.bundle
-        if bundle is None:
-            return
-        if bundle.manifest.probe is None:
-            log.warning("%s has no probe: nothing tells whether its vision tower is right on this machine", self.name)
-            return
-        from llava_edge.vision import selfcheck
+        if bundle is None or self.image_tokens is None:
+            return self._encode_raw(picture)
+        encoder = self._load_encoder(bundle)
+        tokens = bundle.manifest.visual_tokens
+        parts = encoder.encode([picture.image, *picture.tiles])
+        if any(len(part) != tokens.full for part in parts):
+            raise ModelError(
+                f"the vision tower gives {len(parts[0])} tokens a picture; the manifest says {tokens.full}"
+            )
+        pooled = [pool(part, tokens.grid, self.image_tokens) for part in parts]
+        if picture.layout is None:
+            return EncodedImage.of(picture.key, pooled[0])
+        from llava_edge.vision import anyres
 
-        selfcheck.check(encoder, bundle, "mmproj", "mtmd")
+        if self._newline is None:
+            self._newline = anyres.read_newline(bundle.file("mmproj"))
+        cells = pooled_grid(tokens.grid, self.image_tokens)
+        return EncodedImage.of(picture.key, anyres.assemble(pooled, cells, picture.layout, self._newline))
+
+    def _encode_raw(self, picture: Picture) -> EncodedImage:
+        """A picture of a raw pair, with everything that libmtmd puts around it."""
+        from llava_edge.vision.mtmd import MtmdEncoder
+
+        if self._encoder is None:
+            assert self._parts.mmproj is not None
+            self._encoder = MtmdEncoder(self._parts.mmproj, self.engine)
+        assert isinstance(self._encoder, MtmdEncoder)
+        encoded = EncodedImage(picture.key, self._encoder.encode_chunks(picture.image))
+        if self._template is not None:
+            self._template.marked_images = encoded.marked
+        return encoded
+
+    def _load_encoder(self, bundle: Bundle) -> VisionEncoder:
+        if self._encoder is None:
+            from llava_edge.vision.backends import open_encoder
+
+            self.vision_backend, self._encoder = open_encoder(bundle, self.engine, self._parts.vision_backend)
+        return self._encoder
 
     def _make_format(self) -> ChatFormat:
         if self._parts.bundle is not None:
@@ -242,22 +274,30 @@ def _raw_pair(
     model: str | os.PathLike[str] | None,
     llm: str | os.PathLike[str] | None,
     mmproj: str | os.PathLike[str] | None,
+    vision_backend: str,
 ) -> Parts:
     if model is not None:
         raise InputError("give a model's name, or llm and mmproj, not both")
     if not (llm and mmproj):
         have, lack = ("llm", "mmproj") if llm else ("mmproj", "llm")
         raise InputError(f"{have} without {lack}: a raw pair needs both", hint=f"Give {lack} too.")
+    if vision_backend not in ("auto", "mtmd"):
+        raise InputError(f"vision_backend is {vision_backend!r}; a raw pair of GGUF files runs only with mtmd")
     for path in (llm, mmproj):
         check_gguf(Path(path))
     return Parts(Path(llm).stem, Path(llm), Path(mmproj))
 
 
-def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None) -> Parts:
+def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None, vision_backend: str) -> Parts:
+    from llava_edge.vision.backends import candidates
+
     bundle = resolve_model(model)
     manifest = bundle.manifest
-    if "mtmd" not in manifest.backends:
-        raise ModelError(f"{manifest.name} runs on {', '.join(manifest.backends)}; this version has only mtmd")
+    candidates(bundle, vision_backend)  # refuses here what could not run later
+    if manifest.parity is None:
+        log.warning(
+            "%s was never compared with its checkpoint: its answers may differ from the reference's", manifest.name
+        )
     tokens = manifest.visual_tokens
     count = tokens.default if image_tokens is None else image_tokens
     if count not in pooled_counts(tokens.grid):
@@ -268,4 +308,5 @@ def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None) -> Pa
     if count not in tokens.trained:
         trained = ", ".join(map(str, tokens.trained))
         log.warning("%s has not learnt to read %d tokens a picture, only %s", manifest.name, count, trained)
-    return Parts(manifest.name, bundle.file("llm"), bundle.file("mmproj"), bundle, count)
+    mmproj = bundle.file("mmproj") if bundle.has("mmproj") else None
+    return Parts(manifest.name, bundle.file("llm"), mmproj, bundle, count, vision_backend)

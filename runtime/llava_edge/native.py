@@ -27,6 +27,7 @@ T = TypeVar("T")
 _WARNING, _ERROR, _CONTINUED = 3, 4, 5
 _recent_errors: deque[str] = deque(maxlen=32)
 _keep_alive: list[Any] = []
+_listeners: list[Callable[[str], None]] = []
 
 
 @contextmanager
@@ -83,8 +84,20 @@ def _on_log(level: int, text: bytes, _data: Any) -> None:
     line = text.decode("utf-8", "replace").rstrip("\n")
     if level == _ERROR and line.strip():
         _recent_errors.append(line)
+    for listen in _listeners:
+        listen(line)
     if line.strip(" .") and log.isEnabledFor(logging.DEBUG):
         log.debug("%s", line)
+
+
+@contextmanager
+def listening(listen: Callable[[str], None]) -> Iterator[None]:
+    """Hand over every line that llama.cpp logs, for progress that it tells in no other way."""
+    _listeners.append(listen)
+    try:
+        yield
+    finally:
+        _listeners.remove(listen)
 
 
 def forget_errors() -> None:

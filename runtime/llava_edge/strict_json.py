@@ -69,6 +69,13 @@ class Fields:
             raise InputError(f"{self._path(key)} holds a number that is not finite")
         return values
 
+    def pairs(self, key: str) -> tuple[tuple[int, int], ...]:
+        """A list of pairs of whole numbers."""
+        values = self._items(key, (list,), "pairs of whole numbers", None)
+        if not all(len(v) == 2 and all(isinstance(n, int) and not isinstance(n, bool) for n in v) for v in values):
+            raise InputError(f"{self._path(key)} is {_short(values)}; expected a list of pairs of whole numbers")
+        return tuple((first, second) for first, second in values)
+
     def object(self, key: str) -> Fields:
         """A nested object."""
         return Fields(self._typed(key, dict, "an object"), self._path(key))

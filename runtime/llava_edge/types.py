@@ -7,15 +7,17 @@ from typing import Any, Literal
 
 from llava_edge.errors import InputError
 
-FitMode = Literal["pad", "crop", "squash"]
-FIT_MODES: tuple[FitMode, ...] = ("pad", "crop", "squash")
+FitMode = Literal["pad", "crop", "squash", "anyres"]
+FIT_MODES: tuple[FitMode, ...] = ("pad", "crop", "squash", "anyres")
+MAX_TILES = 16  # a side
 
 
 @dataclass(frozen=True)
 class ImageSpec:
     """How a vision tower wants its pictures.
 
-    ``size`` is the side in pixels; ``mean`` and ``std`` are per channel (RGB) for values from 0 to 1.
+    ``size`` is the side in pixels; ``mean`` and ``std`` are per channel (RGB) for values from 0 to 1. ``grid`` is for
+    ``anyres`` (LLaVA-NeXT): the widths and heights, in pixels, to one of which a picture is fitted and cut into tiles.
     """
 
     size: int
@@ -23,6 +25,7 @@ class ImageSpec:
     std: tuple[float, float, float]
     mode: FitMode = "pad"
     pad_color: tuple[int, int, int] = (0, 0, 0)
+    grid: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= 4096:
@@ -31,6 +34,13 @@ class ImageSpec:
             raise InputError(f"image.mode is {self.mode!r}; expected one of {', '.join(FIT_MODES)}")
         if min(self.std) <= 0:
             raise InputError(f"image.std is {list(self.std)}; every value must be above 0")
+        if (self.mode == "anyres") != bool(self.grid):
+            raise InputError(f"image.grid has {len(self.grid)} entries; mode anyres needs some, the others none")
+        for pair in self.grid:
+            if any(edge < 1 or edge % self.size or edge > MAX_TILES * self.size for edge in pair):
+                raise InputError(
+                    f"image.grid has {list(pair)}; expected 1 to {MAX_TILES} times image.size = {self.size}"
+                )
 
 
 @dataclass(frozen=True)

@@ -10,47 +10,29 @@ import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_edge.bundle import PromptFormat
-from llava_edge.convert.checkpoint import Weights, open_checkpoint
-from llava_edge.convert.llm import chat_template, interleave_rope, write_llm
-from llava_edge.convert.parity import LLM_LIMITS, TIE, Case, make_cases, measure_llm, measure_tokenizer, pictures
-from llava_edge.convert.reference import Reference, load_tokenizer
-from llava_edge.convert.tokenizer import pre_tokenizer_name
+from llava_edge.convert.cases import QUESTIONS
+from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.gate import Gate
+from llava_edge.convert.llm import interleave_rope, write_llm
+from llava_edge.convert.prompts import jinja_source
+from llava_edge.convert.reference import Reference
+from llava_edge.convert.token_ids import measure_tokenizer
+from llava_edge.convert.tokenizer import load_tokenizer, pre_tokenizer_name
+from llava_edge.convert.weights import Weights, read_directory
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError
-
-SCAFFOLD = ["<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"]
 
 
 def load(directory: Path, work: Path, weights: Weights | None = None) -> Engine:
     path = work / "llm-F16.gguf"
-    write_llm(open_checkpoint(directory), weights or Weights(directory), load_tokenizer(directory), path)
+    checkpoint = open_checkpoint(directory)
+    write_llm(checkpoint, weights or checkpoint.open_weights(), load_tokenizer(directory), path)
     return Engine(path, n_ctx=256, n_threads=2, n_gpu_layers=0)
 
 
-def cases_of(directory: Path) -> list[Case]:
+def gate_of(directory: Path) -> Gate:
     checkpoint = open_checkpoint(directory)
-    reference = Reference(checkpoint)
-    embeddings = [reference.encode(picture) for picture in pictures(56)]
-    return make_cases(reference, load_tokenizer(directory), checkpoint.description, embeddings)
-
-
-def greedy_text(engine: Engine, case: Case) -> list[int]:
-    engine.truncate(0)
-    engine.decode_tokens(case.before)
-    engine.decode_embeddings(case.picture)
-    engine.decode_tokens(case.after)
-    tokens = [int(engine.logits().argmax())]
-    while len(tokens) < len(case.tokens):
-        engine.decode_tokens(tokens[-1:])
-        tokens.append(int(engine.logits().argmax()))
-    return tokens
-
-
-def same_up_to_a_tie(answer: list[int], case: Case) -> bool:
-    for token, expected, logits in zip(answer, case.tokens, case.logits, strict=True):
-        if token != expected:
-            return bool(logits[expected] - logits[token] <= TIE)
-    return True
+    return Gate(checkpoint, Reference(checkpoint, checkpoint.open_weights()), load_tokenizer(directory))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -58,19 +40,18 @@ def test_at_f16_the_greedy_answer_is_the_references(
     tied: bool, make_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     directory = make_checkpoint(tied=tied)
-    cases = cases_of(directory)
+    gate = gate_of(directory)
     engine = load(directory, tmp_path)
-    parity = measure_llm(engine, cases)
-    answers = [greedy_text(engine, case) for case in cases]
+    assert gate.measure_llm(engine, "F16") == []
     engine.close()
-    assert all(same_up_to_a_tie(answer, case) for answer, case in zip(answers, cases, strict=True))
-    assert len({token for case in cases for token in case.tokens}) > 10
-    assert parity.top1_agreement + parity.ties / parity.tokens == pytest.approx(1.0)
-    assert parity.kl_max < 1e-3
-    assert parity.failures(LLM_LIMITS["F16"]) == []
+    parity = gate.report()["llm"]["F16"]
+    assert parity["tokens"] >= 200
+    assert parity["top1_agreement"] == 1
+    assert parity["kl_max"] < 1e-3
+    assert len({token for case in gate._cases for token in case.tokens}) > 10
 
 
-def test_unpermuted_queries_are_caught(checkpoint_dir: Path, tmp_path: Path) -> None:
+def test_unpermuted_queries_are_caught_and_the_layer_is_named(checkpoint_dir: Path, tmp_path: Path) -> None:
     class Unpermuted(Weights):
         def take(self, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
             weight = super().take(name)
@@ -78,10 +59,11 @@ def test_unpermuted_queries_are_caught(checkpoint_dir: Path, tmp_path: Path) -> 
                 return interleave_rope(weight.copy(), 4)
             return weight
 
-    engine = load(checkpoint_dir, tmp_path, Unpermuted(checkpoint_dir))
-    failures = measure_llm(engine, cases_of(checkpoint_dir)).failures(LLM_LIMITS["F16"])
+    engine = load(checkpoint_dir, tmp_path, Unpermuted(read_directory(checkpoint_dir)))
+    failures = gate_of(checkpoint_dir).measure_llm(engine, "F16")
     engine.close()
     assert any("KL divergence" in words for words in failures)
+    assert any("first layer of the language model that differs is 1" in words for words in failures)
 
 
 @pytest.mark.parametrize("digits", [True, False])
@@ -90,7 +72,7 @@ def test_token_ids_are_those_of_transformers(
 ) -> None:
     directory = make_checkpoint(digits=digits)
     engine = load(directory, tmp_path)
-    parity = measure_tokenizer(engine, load_tokenizer(directory), SCAFFOLD)
+    parity = measure_tokenizer(engine, load_tokenizer(directory), open_checkpoint(directory), QUESTIONS)
     plain = engine.tokenize("<|im_end|>", special=False)
     end = engine.tokenize("<|im_end|>", special=True)
     assert parity.first_difference is None
@@ -127,7 +109,9 @@ def test_the_chat_template_writes_the_prompt_format() -> None:
         stop=("<|im_end|>",),
         image_suffix="\n",
     )
-    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(chat_template(prompt))
+    template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+        jinja_source(prompt, bos_added=False)
+    )
     turns = [
         {"role": "user", "content": "one"},
         {"role": "assistant", "content": "two"},

@@ -10,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from transformers import LlavaForConditionalGeneration
 
-from llava_edge.convert.checkpoint import Weights, open_checkpoint
+from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.llm import write_llm
 from llava_edge.convert.mmproj import write_mmproj
-from llava_edge.convert.parity import MMPROJ_LIMITS, MmprojParity, measure_mmproj, pictures
-from llava_edge.convert.reference import Reference, load_tokenizer
+from llava_edge.convert.parity import MMPROJ_LIMITS, VisionParity, compare_embeddings, pictures
+from llava_edge.convert.reference import Reference
+from llava_edge.convert.tokenizer import load_tokenizer
+from llava_edge.convert.weights import Weights, read_directory
 from llava_edge.engine import Engine
 from llava_edge.images import normalize
 from llava_edge.train_gpu.features import encode_pixels
+from llava_edge.vision.mtmd import MtmdEncoder
 
 SIZE = 56
 
@@ -27,7 +31,7 @@ SIZE = 56
 def engine_of(directory: Path, work: Path) -> Iterator[Engine]:
     path = work / "llm.gguf"
     if not path.exists():
-        write_llm(open_checkpoint(directory), Weights(directory), load_tokenizer(directory), path)
+        write_llm(open_checkpoint(directory), Weights(read_directory(directory)), load_tokenizer(directory), path)
     engine = Engine(path, n_ctx=256, n_threads=2, n_gpu_layers=0)
     try:
         yield engine
@@ -39,21 +43,24 @@ class SwappedWeights(Weights):
     """A converter that mixes up two tensors of the same shape."""
 
     def __init__(self, directory: Path, a: str, b: str) -> None:
-        super().__init__(directory)
+        super().__init__(read_directory(directory))
         self._swap = {a: b, b: a}
 
     def take(self, name: str) -> NDArray[np.float32]:
         return super().take(self._swap.get(name, name))
 
 
-def parity_of(directory: Path, work: Path, weights: Weights | None = None) -> MmprojParity:
+def parity_of(directory: Path, work: Path, weights: Weights | None = None) -> VisionParity:
     checkpoint = open_checkpoint(directory)
     path = work / "mmproj.gguf"
-    write_mmproj(checkpoint, weights or Weights(directory), path)
-    reference = Reference(checkpoint)
+    write_mmproj(checkpoint, weights or checkpoint.open_weights(), path)
+    reference = Reference(checkpoint, checkpoint.open_weights())
     images = pictures(SIZE)
     with engine_of(directory, work) as engine:
-        return measure_mmproj(path, engine, images, [reference.encode(image) for image in images])
+        encoder = MtmdEncoder(path, engine)
+        found = encoder.encode(images)
+        encoder.close()
+    return compare_embeddings(found, [reference.encode(image) for image in images])
 
 
 def test_at_f16_every_token_has_a_cosine_of_at_least_0999(checkpoint_dir: Path, tmp_path: Path) -> None:
@@ -90,13 +97,14 @@ def test_a_swapped_tensor_is_caught(a: str, b: str, checkpoint_dir: Path, tmp_pa
 
 def test_the_reference_is_what_training_computes_and_ignores_the_class_token(checkpoint_dir: Path) -> None:
     checkpoint = open_checkpoint(checkpoint_dir)
-    reference = Reference(checkpoint)
+    reference = Reference(checkpoint, checkpoint.open_weights())
     picture = pictures(SIZE)[0]
     before = reference.encode(picture)
     pixels = torch.from_numpy(normalize(picture, checkpoint.description.image))[None]
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint_dir, dtype=torch.float32)
     with torch.inference_mode():
-        features = encode_pixels(reference.model, pixels)
-        trained = reference.model.model.multi_modal_projector(features)[0].numpy()
-        reference.model.model.vision_tower.embeddings.cls_token.add_(5)
+        features = encode_pixels(model, pixels)
+        trained = model.model.multi_modal_projector(features)[0].numpy()
+        reference._tower.embeddings.cls_token.add_(5)
     np.testing.assert_allclose(before, trained, rtol=0, atol=1e-6)
     np.testing.assert_allclose(reference.encode(picture), before, rtol=0, atol=1e-6)

@@ -14,9 +14,8 @@ import pytest
 from llava_edge.bundle import MANIFEST_NAME, open_bundle
 from llava_edge.convert import convert_checkpoint, parity
 from llava_edge.convert.gguf_file import tensor_types
-from llava_edge.convert.pipeline import ParityError
 from llava_edge.convert.quantize import LLM_TYPES, check_type
-from llava_edge.errors import InputError
+from llava_edge.errors import InputError, ParityError
 
 UNREACHABLE = parity.LlmLimits(kl_mean=-1.0, top1_agreement=1.0)
 

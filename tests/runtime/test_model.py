@@ -29,6 +29,7 @@ def test_a_bundle_is_loaded_from_its_directory(tiny_bundle: Path, pictures: list
         "n_threads": 1,
         "n_gpu_layers": described["n_gpu_layers"],
         "image_tokens": 4,
+        "vision_backend": "mtmd",
     }
 
 

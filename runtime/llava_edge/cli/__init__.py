@@ -21,6 +21,8 @@ from llava_edge.errors import LlavaEdgeError
 COMMANDS = {
     "chat": ("llava_edge.cli.chat:chat", "Ask about pictures: one question, or a conversation."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
+    "quantize": ("llava_edge.cli.quantize:quantize", "Make a bundle smaller."),
+    "imatrix": ("llava_edge.cli.imatrix:imatrix", "Learn from pictures and answers which weights matter most."),
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
     "datagen": ("llava_edge.cli.datagen:datagen", "Make training data from captions and boxes."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),

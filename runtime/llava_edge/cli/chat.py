@@ -84,6 +84,14 @@ MAX_STDIN_BYTES = 16 * 1024 * 1024
     help="Layers on the GPU, -1 for all.  [default: all on Metal, else none]",
 )
 @click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Tokens per picture.  [default: the model's]")
+@click.option(
+    "--vision-backend",
+    metavar="NAME",
+    type=click.Choice(["auto", "onnx", "mtmd"]),
+    default="auto",
+    show_default=True,
+    help="What reads pictures: auto, onnx or mtmd.",
+)
 @click.option("--json", "as_json", is_flag=True, help="With -p: print one JSON object with text, usage and timings.")
 @click.option("--stats", is_flag=True, help="Show times and speeds on stderr.")
 @click.option("--quiet", is_flag=True, help="Show nothing but answers and errors.")
@@ -152,6 +160,7 @@ def load_model(options: dict[str, Any]) -> Model:
         n_threads=options["threads"],
         n_gpu_layers=options["n_gpu_layers"],
         image_tokens=options["image_tokens"],
+        vision_backend=options["vision_backend"],
         verbose=log.isEnabledFor(logging.DEBUG),
     )
 

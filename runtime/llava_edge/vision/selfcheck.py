@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.99
+_LIBRARY = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime"}
 
 
 def cache_dir() -> Path:
@@ -53,7 +55,7 @@ def check(encoder: VisionEncoder, bundle: Bundle, role: Role, backend: str) -> f
         raise ModelError(
             f"the vision backend {backend} is wrong on this machine: its embeddings of the probe picture have a cosine "
             f"of {cosine:.3f} to the expected ones, at least {MIN_COSINE} is needed",
-            hint="Check the files with `Bundle.verify`, and try another version of llama-cpp-python.",
+            hint=f"Check the files with `Bundle.verify`, and try another version of {_LIBRARY[backend]}.",
         )
     log.info("self-check of %s passed, cosine %.5f", backend, cosine)
     _remember(mark, cosine)
@@ -77,7 +79,8 @@ def _fingerprint(bundle: Bundle, role: Role, backend: str) -> str:
     status = path.stat()
     listed = next(file.sha256 for file in bundle.manifest.files if file.role == role)
     machine = (platform.machine(), platform.system(), native.llama().llama_print_system_info())
-    facts = (listed, status.st_size, status.st_mtime_ns, bundle.manifest.probe, backend, native.version(), machine)
+    version = metadata.version(_LIBRARY[backend])
+    facts = (listed, status.st_size, status.st_mtime_ns, bundle.manifest.probe, backend, version, machine)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 

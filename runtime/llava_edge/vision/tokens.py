@@ -22,6 +22,12 @@ def pooled_counts(grid: tuple[int, int]) -> list[int]:
     return [(rows // cell) * (columns // cell) for cell in cells]
 
 
+def pooled_grid(grid: tuple[int, int], n_tokens: int) -> tuple[int, int]:
+    """Rows and columns that are left of the grid, for one of :func:`pooled_counts`."""
+    cell = round((grid[0] * grid[1] / n_tokens) ** 0.5)
+    return grid[0] // cell, grid[1] // cell
+
+
 def pool(embeddings: NDArray[np.float32], grid: tuple[int, int], n_tokens: int) -> NDArray[np.float32]:
     """Average square cells of the grid: ``[R * C, D]`` to ``[n_tokens, D]``, row by row (arXiv 2405.17430).
 
@@ -41,7 +47,8 @@ def pool(embeddings: NDArray[np.float32], grid: tuple[int, int], n_tokens: int) 
         )
     if n_tokens == rows * columns:
         return embeddings
-    cell = round((rows * columns / n_tokens) ** 0.5)
-    cells = embeddings.reshape(rows // cell, cell, columns // cell, cell, -1)  # [R/c, c, C/c, c, D]
+    left = pooled_grid(grid, n_tokens)
+    cell = rows // left[0]
+    cells = embeddings.reshape(left[0], cell, left[1], cell, -1)  # [R/c, c, C/c, c, D]
     pooled: NDArray[np.float32] = cells.mean(axis=(1, 3), dtype=np.float32).reshape(n_tokens, -1)
     return pooled

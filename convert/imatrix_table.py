@@ -1,0 +1,109 @@
+"""``python -m llava_edge.convert.imatrix_table BUNDLE …``: does an importance matrix that has seen pictures help?
+
+The language model of a bundle of floats is quantised without a matrix, with one from the texts alone and with one from
+texts and pictures; each is led along held-out answers about held-out pictures, and its next-token distributions are
+compared with those of the floats.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+
+import llava_edge
+from llava_edge.convert import imatrix, make_imatrix
+from llava_edge.convert.cases import Case, follow, prompt_ids
+from llava_edge.convert.parity import kl_divergence
+from llava_edge.convert.quantize import check_type, quantize
+from llava_edge.engine import Engine
+from llava_edge.errors import InputError
+from llava_edge.prompt import PromptTokenizer
+from llava_edge.quant_types import LLM_TYPES
+
+TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
+_ROOM = 512
+
+
+def held_out_cases(bundle: Path, samples: Sequence[imatrix.Sample]) -> tuple[Path, list[Case]]:
+    """The language model's file, and its own distributions along the answer to each sample's first question."""
+    cases = []
+    with llava_edge.load(bundle, n_gpu_layers=0) as model:
+        if model.bundle is None:
+            raise InputError("this needs a bundle")
+        tokenizer, prompt = PromptTokenizer(model.engine), model.bundle.manifest.prompt
+        for sample in samples:
+            if sample.image is None:
+                continue
+            question, answer = sample.turns[0]
+            before, after = prompt_ids(model.engine, prompt, question)
+            rows = model.encode(model.open_picture(sample.image)).chunks[0].embeddings
+            assert rows is not None
+            case = Case(before, rows, after, tokenizer.plain(answer), np.empty((0, 0), np.float32))
+            cases.append(Case(before, rows, after, case.tokens, follow(model.engine, case)))
+        return model.engine.path, cases
+
+
+def divergences(path: Path, cases: Sequence[Case]) -> list[float]:
+    """Mean divergence of each case."""
+    longest = max(len(case.before) + len(case.picture) + len(case.after) + len(case.tokens) for case in cases)
+    engine = Engine(path, n_ctx=longest + _ROOM, n_gpu_layers=0)
+    try:
+        return [float(kl_divergence(case.logits, follow(engine, case)).mean()) for case in cases]
+    finally:
+        engine.close()
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Samples for the matrices.")
+@click.option("--images", required=True, type=click.Path(path_type=Path), help="The folder of their pictures.")
+@click.option("--held-out", required=True, type=click.Path(path_type=Path), help="Samples to measure with.")
+@click.option("--held-out-images", required=True, type=click.Path(path_type=Path), help="The folder of theirs.")
+@click.option("--limit", default=300, show_default=True, help="Samples for the matrices.")
+@click.option("--measure", default=100, show_default=True, help="Samples to measure with.")
+@click.option("--types", default=",".join(TYPES), show_default=True, help="Types to make.")
+def main(
+    bundle: Path, data: Path, images: Path, held_out: Path, held_out_images: Path, limit: int, measure: int, types: str
+) -> None:
+    """Write a table in Markdown to standard output."""
+
+    def say(line: str) -> None:
+        sys.stderr.write(f"{line}\n")
+
+    samples = imatrix.read_samples(held_out, held_out_images)[:measure]
+    with tempfile.TemporaryDirectory() as work:
+        matrices: dict[str, Path | None] = {"none": None}
+        for name, folder in (("text", None), ("pictures", images)):
+            matrices[name] = Path(work) / f"{name}.gguf"
+            report = make_imatrix(bundle, data, folder, Path(work) / f"{name}.gguf", limit=limit, progress=say)
+            say(f"{name}: {report['samples']} samples, {report['tokens']}")
+        source, cases = held_out_cases(bundle, samples)
+        tokens = sum(len(case.tokens) for case in cases)
+        sys.stdout.write(f"Mean KL divergence over {tokens} answer tokens of {len(cases)} held-out pictures; ± is the ")
+        sys.stdout.write("standard error of the difference to no matrix.\n\n")
+        sys.stdout.write(
+            "| type | tensors that fall back | none | text only | with pictures |\n|---|---|---|---|---|\n"
+        )
+        for type_name in types.split(","):
+            found: dict[str, list[float]] = {}
+            for name, matrix in matrices.items():
+                target = Path(work) / "llm.gguf"
+                made = quantize(source, target, check_type(type_name, LLM_TYPES), imatrix=matrix)
+                found[name] = divergences(target, cases)
+                say(f"{type_name}, {name}: {np.mean(found[name]):.4f}")
+            cells = [f"{np.mean(found['none']):.4f}"]
+            for name in ("text", "pictures"):
+                difference = np.subtract(found[name], found["none"])
+                error = difference.std(ddof=1) / len(difference) ** 0.5
+                cells.append(f"{np.mean(found[name]):.4f} ± {error:.4f}")
+            fallbacks = f"{made.fallbacks} of {sum(made.tensors.values())}"
+            sys.stdout.write(f"| {type_name} | {fallbacks} | {' | '.join(cells)} |\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Which program runs the vision tower: the manifest ranks them, and the self-check has the last word."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Literal
+
+from llava_edge.errors import InputError, ModelError
+from llava_edge.vision import selfcheck
+
+if TYPE_CHECKING:
+    from llava_edge.bundle import Bundle, Role
+    from llava_edge.engine import Engine
+    from llava_edge.vision import VisionEncoder
+
+log = logging.getLogger(__name__)
+
+Choice = Literal["auto", "onnx", "mtmd"]
+CHOICES: tuple[Choice, ...] = ("auto", "onnx", "mtmd")
+ROLE_OF: dict[str, Role] = {"onnx": "vision_onnx", "mtmd": "mmproj"}
+
+
+def candidates(bundle: Bundle, choice: str) -> list[str]:
+    """The backends to try, best first. An error in words if there is none."""
+    if choice not in CHOICES:
+        raise InputError(f"vision_backend is {choice!r}; expected one of {', '.join(CHOICES)}")
+    manifest = bundle.manifest
+    usable: list[str] = [name for name in manifest.backends if name in ROLE_OF and bundle.has(ROLE_OF[name])]
+    if choice == "auto" and usable:
+        return usable
+    if choice != "auto" and bundle.has(ROLE_OF[choice]):
+        return [choice]
+    wanted = f"the vision backend {choice}" if choice != "auto" else "a vision backend of this version"
+    raise ModelError(
+        f"{manifest.name} has no file for {wanted}; it ranks {', '.join(manifest.backends) or 'none'}",
+        hint=f"It runs with: {', '.join(usable)}." if usable else "Convert it again with --vision int8.",
+    )
+
+
+def open_encoder(bundle: Bundle, engine: Engine, choice: str) -> tuple[str, VisionEncoder]:
+    """The first backend that loads and passes the self-check, with its name. The last one's error is raised."""
+    names = candidates(bundle, choice)
+    if bundle.manifest.probe is None:
+        log.warning(
+            "%s has no probe: nothing tells whether its vision tower is right on this machine", bundle.manifest.name
+        )
+    for name in names[:-1]:
+        try:
+            return name, _open(bundle, engine, name)
+        except ModelError as error:
+            log.warning("%s; taking %s instead", error, names[names.index(name) + 1])
+    return names[-1], _open(bundle, engine, names[-1])
+
+
+def _open(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
+    encoder = _make(bundle, engine, name)
+    try:
+        selfcheck.check(encoder, bundle, ROLE_OF[name], name)
+    except BaseException:
+        encoder.close()
+        raise
+    return encoder
+
+
+def _make(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
+    path = bundle.file(ROLE_OF[name])
+    if name == "onnx":
+        from llava_edge.vision.onnx import OnnxEncoder
+
+        return OnnxEncoder(path, bundle.manifest.image, engine)
+    from llava_edge.vision.mtmd import MtmdEncoder
+
+    return MtmdEncoder(path, engine)

@@ -1,0 +1,113 @@
+"""The tower and projector of a bundle's ONNX file, run by ONNX Runtime on the CPU.
+
+One picture (or tile) a call: dynamic quantisation takes its scales over a whole batch, so that a picture's embeddings
+would depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llava_edge.errors import ModelError
+from llava_edge.images import normalize
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    from llava_edge.engine import Engine
+    from llava_edge.types import ImageSpec
+
+_FATAL = 4
+
+
+class OnnxEncoder:
+    """A vision tower that belongs to a loaded language model.
+
+    Raises
+    ------
+    ModelError
+        No such file, not a vision tower in ONNX, or one for other pictures or another width of embeddings.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], spec: ImageSpec, engine: Engine, *, n_threads: int | None = None
+    ) -> None:
+        self.path = Path(path)
+        self._spec = spec
+        self._worker = engine.worker
+        self._session: Any = _open_session(self.path, n_threads or engine.n_threads)
+        self._input = self._checked_input()
+        (output,) = self._session.get_outputs()
+        width = output.shape[-1]
+        if width != engine.n_embd:
+            raise ModelError(
+                f"{self.path} makes embeddings of width {width}; the language model reads {engine.n_embd}",
+                hint="The files are of two models; get the bundle again.",
+            )
+
+    def close(self) -> None:
+        """Free the tower; a second call does nothing."""
+        self._session = None
+
+    def encode(self, images: Sequence[Image.Image]) -> list[NDArray[np.float32]]:
+        """Embeddings ``float32 [T, D]`` of RGB pictures of the tower's size."""
+        return [self._encode(image) for image in images]
+
+    def _encode(self, image: Image.Image) -> NDArray[np.float32]:
+        if self._session is None:
+            raise ModelError(f"the vision tower {self.path} is closed")
+        if image.size != (self._spec.size, self._spec.size):
+            raise ModelError(f"the vision tower {self.path} takes {self._spec.size} pixels a side, not {image.size}")
+        pixels = normalize(image, self._spec)[None]
+        try:
+            (batch,) = self._worker.run(functools.partial(self._session.run, None, {self._input: pixels}))
+        except Exception as error:  # ONNX Runtime raises a class of its own for every status
+            raise ModelError(f"the vision tower {self.path} failed: {error}") from None
+        embeddings: NDArray[np.float32] = np.ascontiguousarray(batch[0], dtype=np.float32)
+        if not np.isfinite(embeddings).all():
+            raise ModelError(f"the vision tower {self.path} gave values that are not numbers")
+        return embeddings
+
+    def _checked_input(self) -> str:
+        """The name of the one input, once its shape ``[B, 3, size, size]`` is right."""
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        size = self._spec.size
+        if len(inputs) != 1 or inputs[0].shape[1:] != [3, size, size] or len(outputs) != 1:
+            found = [entry.shape for entry in inputs]
+            raise ModelError(f"{self.path} is no vision tower for {size} pixels a side: its inputs are {found}")
+        name: str = inputs[0].name
+        return name
+
+
+def version() -> str:
+    """The version of ONNX Runtime."""
+    import onnxruntime
+
+    return str(onnxruntime.__version__)
+
+
+def _open_session(path: Path, n_threads: int) -> Any:
+    if not path.is_file():
+        raise ModelError(f"no such model file: {path}", hint="Check the path.")
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(_FATAL)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = n_threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _FATAL
+    # Its threads would spin on, while llama.cpp needs the cores to read the picture.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises a class of its own for every status
+        raise ModelError(
+            f"{path} can't be loaded as a vision tower: {error}", hint="The file is damaged, or of another kind."
+        ) from None
