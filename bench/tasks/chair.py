@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,7 @@ class Chair(BaseTask):
                 raise InputError(f"{path} lacks the lists images and annotations of COCO's format")
             names |= dict(data.entries(path, listed(images), lambda f: (identifier(f, "id"), f.text("file_name"))))
             categories = _categories(data, path, root)
-            pairs = data.entries(path, listed(annotations), lambda f, c=categories: self._annotation(f, c))  # type: ignore[misc]
+            pairs = data.entries(path, listed(annotations), partial(self._annotation, categories))
             for image, present in pairs:
                 objects.setdefault(image, set()).update(present)
         asked = [(image, (image, names[image])) for image in sorted(objects, key=_natural) if image in names]
@@ -58,7 +59,7 @@ class Chair(BaseTask):
             lambda item: Sample(item[0], self._question, data.picture(item[1], *folders), sorted(objects[item[0]])),
         )
 
-    def _annotation(self, fields: Fields, categories: dict[str, str]) -> tuple[str, list[str]]:
+    def _annotation(self, categories: dict[str, str], fields: Fields) -> tuple[str, list[str]]:
         image = identifier(fields, "image_id")
         if fields.has("caption"):
             return image, self._objects.mentions(fields.text("caption"))

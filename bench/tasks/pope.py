@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from llava_edge.bench.tasks.asking import Said
 from llava_edge.bench.tasks.reading import Data, identifier
@@ -30,7 +31,7 @@ class Pope(BaseTask):
         for split in SPLITS:
             path = data.find(f"**/*pope*{split}.json", f"**/*pope*{split}.jsonl", optional=True)
             if path is not None:
-                samples += data.jsonl(path, lambda fields, split=split: self._sample(data, split, fields))  # type: ignore[misc]
+                samples += data.jsonl(path, partial(self._sample, data, split))
         if not samples:
             raise InputError(f"{data.root} has no questions of POPE; expected *pope*random.json, popular, adversarial")
         return samples

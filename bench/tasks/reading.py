@@ -62,7 +62,7 @@ class Data:
 
     def entries(self, path: Path, values: Iterable[tuple[Any, Any]], parse: Callable[[Fields], T]) -> list[T]:
         """Parse (name, value) pairs out of one JSON file, each value an object."""
-        return self.each(path, values, lambda value: parse(Fields(_object(value))))
+        return self.each(path, values, lambda value: parse(as_fields(value)))
 
     def each(self, path: Path, values: Iterable[tuple[Any, Any]], parse: Callable[[Any], T]) -> list[T]:
         """Parse (where, value) pairs; an InputError gets the file and the place in front, or is skipped."""
@@ -96,6 +96,13 @@ class Data:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON: {error}") from None
 
+    def list_of(self, path: Path, key: str) -> list[tuple[str, Any]]:
+        """The entries of a list in a file that is a JSON object, with the names that messages give them."""
+        values = self.object(path).raw().get(key)
+        if not isinstance(values, list):
+            raise InputError(f"{path} has no list named {key}")
+        return listed(values)
+
     def object(self, path: Path) -> Fields:
         """A whole file that is a JSON object."""
         value = self.json(path)
@@ -121,7 +128,8 @@ def _line(parse: Callable[[Fields], T]) -> Callable[[str], T]:
     return lambda line: parse(parse_object(line))
 
 
-def _object(value: Any) -> dict[str, Any]:
+def as_fields(value: Any) -> Fields:
+    """A JSON object to read; InputError for anything else."""
     if not isinstance(value, dict):
         raise InputError(f"is {json.dumps(value)[:60]}; expected an object")
-    return value
+    return Fields(value)

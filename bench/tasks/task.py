@@ -29,6 +29,12 @@ TASKS = {
     "easy-vqa": "easy_vqa:EasyVqa",
     "chair": "chair:Chair",
     "choices": "choices:Choices",
+    "scienceqa": "scienceqa:ScienceQa",
+    "mme": "mme:Mme",
+    "vqav2": "vqav2:VqaV2",
+    "gqa": "gqa:Gqa",
+    "textvqa": "textvqa:TextVqa",
+    "llava-bench": "llava_bench:LlavaBench",
 }
 
 

@@ -102,3 +102,74 @@ def chair(data: Path, question: str | None, synonyms: Path | None, **values: Any
     DIR has COCO's instances*.json, captions*.json or both, and the pictures.
     """
     run_task("chair", data, values, {"synonyms": synonyms} if synonyms else {}, question=question)
+
+
+@click.command()
+@click.option(
+    "--format",
+    type=click.Choice(["cqm-a", "qcm-lea", "qcm-ale"]),
+    default="cqm-a",
+    show_default=True,
+    help="A letter (LLaVA 1.5); reasons, then the answer (v1); the answer, then reasons.",
+)
+@click.option("--split", type=click.Choice(["test", "val", "train", "minitest", "minival"]), default="test")
+@task_options
+def scienceqa(data: Path, format: str, split: str, **values: Any) -> None:
+    """ScienceQA by subject, modality and grade; 'eval judge' makes the ensembles with a judge.
+
+    DIR has problems.json, pid_splits.json and images/SPLIT/ID/image.png.
+    """
+    run_task("scienceqa", data, values, format=format, split=split)
+
+
+@click.command()
+@suffix_option
+@task_options
+def mme(data: Path, suffix: str | None, **values: Any) -> None:
+    """MME's perception and cognition scores. DIR is the release's folder, a category a folder."""
+    run_task("mme", data, values, suffix=suffix)
+
+
+@click.command()
+@suffix_option
+@click.option(
+    "--split",
+    type=click.Choice(["val2014", "train2014", "test2015", "test-dev2015"]),
+    default="val2014",
+    show_default=True,
+)
+@task_options
+def vqav2(data: Path, suffix: str | None, split: str, **values: Any) -> None:
+    """VQAv2: accuracy where there are annotations, and the file to submit.
+
+    DIR has v2_OpenEnded_mscoco_SPLIT_questions.json, v2_mscoco_SPLIT_annotations.json and the pictures.
+    """
+    run_task("vqav2", data, values, suffix=suffix, split=split)
+
+
+@click.command()
+@suffix_option
+@click.option("--split", default="testdev_balanced", show_default=True)
+@task_options
+def gqa(data: Path, suffix: str | None, split: str, **values: Any) -> None:
+    """GQA: exact match, of all, binary and open questions. DIR has SPLIT_questions.json and images/."""
+    run_task("gqa", data, values, suffix=suffix, split=split)
+
+
+@click.command()
+@suffix_option
+@click.option("--ocr/--no-ocr", default=True, show_default=True, help="OCR tokens in the prompt.")
+@task_options
+def textvqa(data: Path, suffix: str | None, ocr: bool, **values: Any) -> None:
+    """TextVQA 0.5.1. DIR has TextVQA_0.5.1_val.json, the OCR tokens or LLaVA's questions, and train_images/."""
+    run_task("textvqa", data, values, suffix=suffix, ocr=ocr)
+
+
+@click.command("llava-bench")
+@task_options
+def llava_bench(data: Path, **values: Any) -> None:
+    """LLaVA-Bench (COCO or In-the-Wild): the answers; 'eval judge' scores them.
+
+    DIR has the published questions, reference answers and contexts, and the pictures.
+    """
+    run_task("llava-bench", data, values)

@@ -1,17 +1,75 @@
-"""``llava-edge eval compare`` and ``merge``: what is done with runs."""
+"""``llava-edge eval judge``, ``compare`` and ``merge``: what is done with runs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from llava_edge.cli import debug_option, terminal
-from llava_edge.cli.eval_options import PATH, number, table
+from llava_edge.cli.eval_options import PATH, number, progress_bar, table
+
+if TYPE_CHECKING:
+    from llava_edge.bench.tasks.judge import Judge
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@click.argument("run", type=PATH)
+@click.option("--judge-url", metavar="URL", help="An OpenAI-compatible endpoint, such as http://127.0.0.1:8080/v1.")
+@click.option("--judge-model", metavar="NAME", help="The endpoint's model.")
+@click.option("--judge", "local", metavar="NAME|DIR", help="Instead: a model on this machine.")
+@click.option("--rules", metavar="FILE", type=PATH, help="LLaVA's rule.json, for published figures.")
+@click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads of a judge on this machine.")
+@click.option("--max-tokens", metavar="N", type=click.IntRange(1), default=1024, show_default=True, help="Longest.")
+@click.option("--overwrite", is_flag=True, help="Ask again what was judged already.")
+@json_option
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@debug_option
+def judge(
+    run: Path,
+    judge_url: str | None,
+    judge_model: str | None,
+    local: str | None,
+    rules: Path | None,
+    threads: int | None,
+    max_tokens: int,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Let a judge see the answers in RUN (of llava-bench or scienceqa). Judgements that are there are kept.
+
+    The endpoint's key is read from LLAVA_EDGE_JUDGE_KEY or OPENAI_API_KEY.
+    """
+    if (local is None) == (judge_url is None):
+        raise click.UsageError("give --judge-url with --judge-model, or --judge")
+    if judge_url is not None and judge_model is None:
+        raise click.UsageError("--judge-url needs --judge-model")
+    from llava_edge.bench.tasks.judge import HttpJudge, LocalJudge
+    from llava_edge.bench.tasks.review import read_rules, review_run
+    from llava_edge.bench.tasks.run import open_run
+
+    opened = open_run(run)
+    known = read_rules(rules) if rules is not None else {}
+    with contextlib.ExitStack() as stack:
+        judge: Judge
+        if judge_url is not None:
+            judge = HttpJudge(judge_url, judge_model or "")
+        else:
+            import llava_edge
+
+            judge = LocalJudge(stack.enter_context(llava_edge.load(local, n_threads=threads)))
+        step = stack.enter_context(progress_bar(quiet)(len(opened.records), 0, f"judge {judge.name}"))
+        judged = review_run(opened, judge, rules=known, overwrite=overwrite, step=step, max_tokens=max_tokens)
+    if as_json:
+        terminal.data(json.dumps(judged, ensure_ascii=False) + "\n")
+        return
+    terminal.data(table(judged) + f"judged by {judge.name}; {judged['unreadable']} judgements can't be read\n")
 
 
 @click.command()

@@ -8,8 +8,11 @@ import click
 
 from llava_edge.cli import did_you_mean
 
-TASKS = ("captions", "animals", "pope", "easy-vqa", "chair", "choices")
-TOOLS = ("compare", "merge")
+TASKS = (
+    "captions", "animals", "pope", "easy-vqa", "chair", "choices",
+    "scienceqa", "mme", "vqav2", "gqa", "textvqa", "llava-bench",
+)  # fmt: skip
+TOOLS = ("judge", "compare", "merge")
 # name -> module:attribute
 COMMANDS = {
     **{name: f"eval_tasks:{name.replace('-', '_')}" for name in TASKS},
