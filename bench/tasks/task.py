@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -87,7 +88,11 @@ def make_task(name: str, options: dict[str, Any]) -> Task:
     if name not in TASKS:
         raise InputError(f"no task {name!r}; expected one of {', '.join(TASKS)}")
     module, attribute = TASKS[name].split(":")
-    task: Task = getattr(importlib.import_module(f"llava_edge.bench.tasks.{module}"), attribute)(**options)
+    kind = getattr(importlib.import_module(f"llava_edge.bench.tasks.{module}"), attribute)
+    known = inspect.signature(kind).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise InputError(f"{name} has no option {unknown[0]!r}; it has {', '.join(known) or 'none'}")
+    task: Task = kind(**options)
     return task
 
 

@@ -1,4 +1,4 @@
-"""``llava-edge eval judge``, ``compare`` and ``merge``: what is done with runs."""
+"""``llava-edge eval judge``, ``compare``, ``merge``, ``sweep``, ``report``, ``make-sets``: what is done with runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, terminal
-from llava_edge.cli.eval_options import PATH, number, progress_bar, table
+from llava_edge.cli.eval_options import (
+    PATH,
+    make_job,
+    model_options,
+    number,
+    progress_bar,
+    run_options,
+    table,
+)
 
 if TYPE_CHECKING:
     from llava_edge.bench.tasks.judge import Judge
@@ -118,3 +126,72 @@ def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
 
     summary = join(parts, output)
     terminal.data(json.dumps(summary, ensure_ascii=False) + "\n" if as_json else table(summary))
+
+
+@click.command()
+@click.argument("task")
+@click.option("--data", metavar="DIR", type=PATH, required=True, help="The benchmark's folder.")
+@click.option(
+    "--grid",
+    metavar="KEY=A,B",
+    multiple=True,
+    help="Values to try; every combination is run. May be given several times.",
+)
+@model_options
+@run_options
+def sweep(task: str, data: Path, grid: tuple[str, ...], **values: Any) -> None:
+    """Run TASK over a grid of settings into folders below --output. What is finished is not run again.
+
+    Keys are model, image-tokens, image-mode, prompt-format, feature-layers (10+11), system, max-tokens, limit, and the
+    task's own options, such as suffix, or format of scienceqa.
+
+    \b
+    llava-edge eval sweep pope --data pope --grid image-tokens=64,16 --grid image-mode=pad,crop -o sweep
+    """
+    if values["output"] is None:
+        raise click.UsageError("a sweep needs --output")
+    from llava_edge.bench.tasks.sweep import parse_grid, run_sweep
+
+    job = make_job(task, data, values)
+    rows = run_sweep(job, parse_grid(grid), values["output"], progress_bar(values["quiet"]))
+    if values["as_json"]:
+        terminal.data(json.dumps(rows, ensure_ascii=False) + "\n")
+        return
+    width = max(len(row["run"]) for row in rows)
+    for row in rows:
+        interval = "" if row["low"] is None else f"   {number(row['low'])} to {number(row['high'])}"
+        terminal.data(f"{row['run']:{width}}  {row['metric']}  {number(row['value'])}{interval}\n")
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@click.option("--into", metavar="FILE", type=PATH, help="Write the table between the marks of this document.")
+@debug_option
+def report(runs: tuple[Path, ...], into: Path | None) -> None:
+    """The RUNS as a table in Markdown: tasks by models, with 95 % intervals."""
+    from llava_edge.bench.tasks.report import markdown_table, write_into
+    from llava_edge.bench.tasks.run import open_run
+
+    text = markdown_table([open_run(run) for run in runs])
+    if into is not None:
+        write_into(into, text)
+    else:
+        terminal.data(text)
+
+
+@click.command("make-sets")
+@click.argument("file", type=PATH)
+@click.argument("images", type=PATH)
+@click.option("--split", default="dev", show_default=True, help="The split, for files that have several.")
+@click.option("--pictures", metavar="N", type=click.IntRange(1), default=500, show_default=True, help="For POPE.")
+@click.option("-o", "--output", metavar="DIR", type=PATH, required=True, help="Where the sets go.")
+@debug_option
+def make_sets(file: Path, images: Path, split: str, pictures: int, output: Path) -> None:
+    """Make POPE-style questions and CHAIR-style annotations from the captions in FILE of the pictures in IMAGES."""
+    from llava_edge.bench.tasks.caption_files import read_captions
+    from llava_edge.bench.tasks.make_sets import make_sets as make
+    from llava_edge.bench.tasks.reading import Data
+
+    captions = read_captions(Data(file.parent, images=[images]), file, split)
+    counts = make({name: texts for name, (_, texts) in captions.items()}, output, pictures=pictures)
+    terminal.data("".join(f"{name}  {count}\n" for name, count in counts.items()))

@@ -12,11 +12,11 @@ TASKS = (
     "captions", "animals", "pope", "easy-vqa", "chair", "choices",
     "scienceqa", "mme", "vqav2", "gqa", "textvqa", "llava-bench",
 )  # fmt: skip
-TOOLS = ("judge", "compare", "merge")
+TOOLS = ("judge", "compare", "merge", "sweep", "report", "make-sets")
 # name -> module:attribute
 COMMANDS = {
     **{name: f"eval_tasks:{name.replace('-', '_')}" for name in TASKS},
-    **{name: f"eval_tools:{name}" for name in TOOLS},
+    **{name: f"eval_tools:{name.replace('-', '_')}" for name in TOOLS},
 }
 
 
