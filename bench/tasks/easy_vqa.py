@@ -39,7 +39,8 @@ class EasyVqa(BaseTask):
         return data.each(path, numbered, lambda item: self._sample(path.parent / "images", *item))
 
     def _sample(self, images: Path, number: int, value: Any) -> Sample:
-        if not (isinstance(value, list) and len(value) == 3 and isinstance(value[2], int)):
+        right = isinstance(value, list) and [type(part) for part in value] == [str, str, int]
+        if not right:
             raise InputError("expected [question, answer, number of the picture]")
         question, answer, picture = value
         if answer not in ANSWERS:

@@ -26,6 +26,16 @@ class JudgeError(LlavaEdgeError):
     """The judge can't be reached, or refuses."""
 
 
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the key to another host."""
+
+    def redirect_request(self, *args: Any, **options: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
+
+
 class Judge(Protocol):
     """Whoever reads a text and writes one."""
 
@@ -97,7 +107,7 @@ class HttpJudge:
         request = urllib.request.Request(self._url, body, {"Content-Type": "application/json", **_authorization()})
         for attempt in range(1, self._tries + 1):
             try:
-                with urllib.request.urlopen(request, timeout=self._timeout_seconds) as response:
+                with _OPENER.open(request, timeout=self._timeout_seconds) as response:
                     return json.loads(response.read(MAX_REPLY_BYTES))
             except urllib.error.HTTPError as error:
                 with error:

@@ -16,13 +16,12 @@ import numpy as np
 from llava_edge.bench.tasks import scienceqa, stats
 from llava_edge.bench.tasks.choices import LETTER_INSTRUCTION
 from llava_edge.bench.tasks.judge import Judge
-from llava_edge.bench.tasks.run import Run
+from llava_edge.bench.tasks.run import JUDGED, REVIEWS, Run
 from llava_edge.bench.tasks.samples import Record, write_text
 from llava_edge.bench.tasks.task import Metrics, grouped
 from llava_edge.errors import InputError
 from llava_edge.strict_json import parse_object
 
-REVIEWS, JUDGED = "reviews.jsonl", "judged.json"
 TEMPERATURE = 0.2
 MAX_TOKENS = 1024
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Plan", "Run", "Said", "finish", "open_run", "plan_run", "run_samples", "summary_of"]
 
 SETTINGS, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
+REVIEWS, JUDGED = "reviews.jsonl", "judged.json"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def start(folder: Path, plan: Plan, *, resume: bool, overwrite: bool) -> list[Re
         _check_same(folder, _read_settings(folder), plan.settings)
         return _kept_records(folder, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY, SAMPLES):
+    for name in (SUMMARY, SAMPLES, REVIEWS, JUDGED):
         (folder / name).unlink(missing_ok=True)
     write_text(settings, json.dumps(plan.settings, indent=2, ensure_ascii=False) + "\n")
     return []

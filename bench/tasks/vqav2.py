@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_edge.bench.tasks import stats
 from llava_edge.bench.tasks.asking import Said
-from llava_edge.bench.tasks.reading import Data, identifier
+from llava_edge.bench.tasks.reading import Data
 from llava_edge.bench.tasks.samples import Mark, Record, Sample, write_text
 from llava_edge.bench.tasks.task import SHORT_ANSWER, BaseTask, Metrics, grouped
 from llava_edge.bench.tasks.vqa_accuracy import challenge_accuracy, evalai_answer
@@ -43,8 +43,8 @@ class VqaV2(BaseTask):
         return dict(data.entries(path, data.list_of(path, "annotations"), _annotation))
 
     def _sample(self, data: Data, fields: Fields, people: dict[str, Any] | None) -> Sample:
-        number = identifier(fields, "question_id")
-        image = int(identifier(fields, "image_id"))
+        number = str(fields.integer("question_id"))
+        image = fields.integer("image_id")
         folder = "test2015" if self._split.startswith("test") else self._split
         picture = data.picture(f"COCO_{folder}_{image:012d}.jpg", folder)
         if people is not None and number not in people:
@@ -78,7 +78,7 @@ def _annotation(fields: Fields) -> tuple[str, tuple[list[str], dict[str, str]]]:
     if not answers:
         raise InputError("answers is empty")
     facts = {key: fields.text(key) for key in ("answer_type", "question_type")}
-    return identifier(fields, "question_id"), (answers, facts)
+    return str(fields.integer("question_id")), (answers, facts)
 
 
 def mean_score(records: Sequence[Record]) -> stats.Metric:

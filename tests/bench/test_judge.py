@@ -23,6 +23,7 @@ class Server:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.location = ""
         self.reply: Callable[[str], tuple[int, str]] = lambda text: (200, "8 7\nBoth are fine.")
         server = self
 
@@ -36,6 +37,8 @@ class Server:
                 data = json.dumps(message if status == 200 else {"error": text}).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
+                if server.location:
+                    self.send_header("Location", server.location)
                 self.end_headers()
                 self.wfile.write(data)
 
@@ -183,6 +186,14 @@ class TestHttpJudge:
         assert "LLAVA_EDGE_JUDGE_KEY" in error.value.hint
         assert "secret" not in str(error.value)
         assert server.headers[0]["Authorization"] == "Bearer secret"
+
+    def test_a_redirect_is_not_followed_with_the_key(self, server, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "secret")
+        server.location = f"{server.url}/elsewhere"
+        server.reply = lambda text: (302, "moved")
+        with pytest.raises(JudgeError, match="answered 302"):
+            HttpJudge(server.url, "m").ask("s", "t", temperature=0, max_tokens=4)
+        assert len(server.requests) == 1
 
     def test_nobody_there(self):
         with pytest.raises(JudgeError, match="can't be asked"):

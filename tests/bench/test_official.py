@@ -140,6 +140,12 @@ class TestVqaV2:
         with pytest.raises(InputError, match=r"questions\.json:entry 1: question_id is 90"):
             VqaV2().read(Data(folder))
 
+    def test_an_id_that_is_no_number_is_named(self, files, folder):
+        questions = [{"image_id": "nine", "question": "What?", "question_id": 90}]
+        files.json(folder / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": questions})
+        with pytest.raises(InputError, match='entry 1: image_id is "nine"; expected a whole number'):
+            VqaV2().read(Data(folder))
+
 
 class TestTextVqa:
     @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -92,7 +94,12 @@ class TestEasyVqa:
 
     @pytest.mark.parametrize(
         ("row", "message"),
-        [(["what?", "purple", 0], "'purple'"), (["what?", "red", 7], "no picture"), (["what?", "red"], "expected")],
+        [
+            (["what?", "purple", 0], "'purple'"),
+            ([3, "red", 0], "expected"),
+            (["what?", "red", 7], "no picture"),
+            (["what?", "red"], "expected"),
+        ],
     )
     def test_a_bad_entry_is_named(self, files, tmp_path, row, message):
         with pytest.raises(InputError, match=rf"questions\.json:entry 2: .*{message}"):
@@ -277,3 +284,34 @@ class TestChoices:
         files.jsonl(tmp_path / "choices.jsonl", [{"question": "?", **row}])
         with pytest.raises(InputError, match=rf"choices\.jsonl:1: .*{message}"):
             make_task("choices", {}).read(Data(tmp_path))
+
+
+class TestPublishedFiles:
+    """The real question files, with small pictures in place of COCO's."""
+
+    @pytest.fixture
+    def published(self):
+        root = os.environ.get("LLAVA_EDGE_DATA")
+        folder = Path(root or "") / "benchmarks"
+        if not root or not folder.is_dir():
+            pytest.skip("LLAVA_EDGE_DATA does not name the folder with benchmarks")
+        return folder
+
+    def read(self, task, published, images, names):
+        images.mkdir()
+        for name in names:
+            (images / name).touch()
+        return make_task(task, {}).read(Data(published, images=[images]))
+
+    def test_pope(self, published, tmp_path):
+        lines = [json.loads(line) for line in (published / "coco_pope_random.json").read_text().splitlines()]
+        samples = self.read("pope", published, tmp_path / "images", {line["image"] for line in lines})
+        assert len(samples) == 9000
+        assert sum(sample.expected == "yes" for sample in samples) == 4500
+
+    def test_llava_bench(self, published, tmp_path):
+        text = (published / "llava_bench_coco_questions.jsonl").read_text()
+        names = {json.loads(line)["image"] for line in text.splitlines()}
+        samples = self.read("llava-bench", published, tmp_path / "images", names)
+        assert len(samples) == 90
+        assert all(sample.expected and "[" in sample.facts["context"] for sample in samples)
