@@ -1,115 +1,91 @@
-"""Run a model over pictures with known answers: captions and naming.
-
-Every answer is kept as a line of JSON, so that a score can be traced to what was said.
-"""
+"""From a task's name and a model to a finished run."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import random
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from llava_edge.bench.tasks.cider import cider_d
-from llava_edge.errors import InputError
+from llava_edge.bench.tasks.asking import Asker
+from llava_edge.bench.tasks.models import ModelChoice
+from llava_edge.bench.tasks.reading import Data
+from llava_edge.bench.tasks.run import SUMMARY, Plan, finish, plan_run, run_samples, start
+from llava_edge.bench.tasks.task import Task, make_task
 
-if TYPE_CHECKING:
-    from llava_edge.model import Model
+Progress = Callable[[int, int, str], AbstractContextManager[Callable[[int], None]]]
+"""(length, done already, label) -> something that is told how many more are done."""
 
-CAPTION_QUESTION = "Write a short caption for this picture."
-PET_QUESTION = "What animal is in this picture?"
-
-
-Question = tuple[Path, str, tuple[str, ...]]
-"""A picture, what to ask about it, and the answers that are expected."""
+RUNS = "eval-runs"
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One question on one picture, and what the model said."""
+class Job:
+    """A task on a model. ``output`` None makes a folder whose name tells the settings.
 
-    image: str
-    question: str
-    answer: str
-    expected: tuple[str, ...]
+    ``options`` are the task's own and part of what makes two runs the same; ``inputs`` are options that name files.
+    """
 
-
-def ask_all(model: Model, questions: Iterable[Question], *, max_tokens: int) -> list[Answer]:
-    """Ask each (picture, question, expected answers) greedily in a conversation of its own."""
-    answers = []
-    with model.chat() as chat:
-        for path, question, expected in questions:
-            reply = chat.ask(question, images=[path], max_tokens=max_tokens, temperature=0)
-            chat.reset()
-            answers.append(Answer(path.name, question, reply.text.strip(), expected))
-    return answers
-
-
-def read_captions(file: Path, split: str, images: Path) -> list[Question]:
-    """Questions from ``{SPLIT: {NAME: [captions]}}``; every picture must be in the folder ``images``."""
-    try:
-        captions = json.loads(file.read_text())[split]
-    except FileNotFoundError:
-        raise InputError(f"no such caption file: {file}") from None
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f"{file} is not {{SPLIT: {{NAME: [captions]}}}} in JSON with a split {split!r}") from None
-    missing = [name for name in captions if not (images / name).is_file()]
-    if missing:
-        raise InputError(f"{images} lacks {len(missing)} pictures of {file}, {missing[0]} among them")
-    return [(images / name, CAPTION_QUESTION, tuple(captions[name])) for name in sorted(captions)]
+    task: str
+    data: Path
+    choice: ModelChoice
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    images: tuple[Path, ...] = ()
+    max_tokens: int | None = None
+    limit: int | None = None
+    part: tuple[int, int] = (1, 1)
+    output: Path | None = None
+    resume: bool = False
+    overwrite: bool = False
+    skip_bad: bool = False
 
 
-def read_classes(folders: Sequence[Path]) -> list[Question]:
-    """Questions from folders of pictures; a folder's name is the expected word."""
-    questions: list[Question] = [
-        (path, PET_QUESTION, (folder.name,)) for folder in folders for path in sorted(folder.glob("*.jpg"))
-    ]
-    if not questions:
-        raise InputError(f"no .jpg pictures in {', '.join(map(str, folders))}")
-    return questions
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run: its folder, its summary, and what was left out of the data."""
+
+    folder: Path
+    summary: dict[str, Any]
+    skipped: list[str]
 
 
-def score_captions(answers: Sequence[Answer]) -> dict[str, Any]:
-    """CIDEr-D with a 95 % bootstrap interval over pictures (1,000 draws of the pictures' scores)."""
-    mean, scores = cider_d([a.answer for a in answers], [a.expected for a in answers])
-    rng = random.Random(0)
-    draws = sorted(sum(rng.choices(scores, k=len(scores))) / len(scores) for _ in range(1000))
-    return {"pictures": len(answers), "cider_d": mean, "interval": [draws[25], draws[974]]}
+def evaluate(job: Job, progress: Progress) -> Outcome:
+    """Run a job to its end, or go on with it.
+
+    Raises
+    ------
+    LlavaEdgeError
+        Malformed data, a folder that holds another run, a model that can't be loaded.
+    """
+    task, data, plan = read_job(job)
+    folder = job.output or default_folder(plan.settings)
+    done = start(folder, plan, resume=job.resume, overwrite=job.overwrite)
+    if len(done) == len(plan.samples):
+        return Outcome(folder, finish(folder, plan.settings, done), data.skipped)
+    (folder / SUMMARY).unlink(missing_ok=True)
+    with (
+        job.choice.load() as model,
+        progress(len(plan.samples), len(done), f"{job.task} {model.name}") as step,
+    ):
+        records = run_samples(folder, plan, task, Asker(model, system=job.choice.system), done, step)
+    return Outcome(folder, finish(folder, plan.settings, records), data.skipped)
 
 
-def score_classes(answers: Sequence[Answer]) -> dict[str, Any]:
-    """Share of answers that have the expected word and none of the other classes' words, with Wilson's interval."""
-    classes = {a.expected[0] for a in answers}
-    right = 0
-    by_class: dict[str, list[int]] = {name: [0, 0] for name in sorted(classes)}
-    for answer in answers:
-        said = {name for name in classes if re.search(rf"\b{re.escape(name)}s?\b", answer.answer.lower())}
-        correct = said == {answer.expected[0]}
-        right += correct
-        by_class[answer.expected[0]][0] += correct
-        by_class[answer.expected[0]][1] += 1
-    return {
-        "pictures": len(answers),
-        "accuracy": right / len(answers),
-        "interval": list(wilson(right, len(answers))),
-        "by_class": {name: f"{r}/{n}" for name, (r, n) in by_class.items()},
-    }
+def read_job(job: Job) -> tuple[Task, Data, Plan]:
+    """The job's task, its data, and what is to be asked; no model is loaded."""
+    data = Data(job.data, images=job.images, skip_bad=job.skip_bad)
+    task = make_task(job.task, {**job.options, **job.inputs})
+    if job.max_tokens is not None:
+        task.max_tokens = job.max_tokens
+    plan = plan_run(job.task, job.options, task, data, job.choice.describe(), limit=job.limit, part=job.part)
+    return task, data, plan
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (JASA 22, 1927)."""
-    z = 1.959964
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    scale = 1 + z * z / trials
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def write_answers(path: Path, answers: Sequence[Answer]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+def default_folder(settings: dict[str, Any]) -> Path:
+    """A folder of its own for each combination of settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return Path(RUNS) / f"{settings['task']}-{settings['model']['name']}-{digest}"

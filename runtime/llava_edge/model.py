@@ -220,6 +220,11 @@ class Model:
         self._encoded.move_to_end(picture.key)
         return encoded
 
+    def forget(self) -> None:
+        """Empty the KV cache and drop all embeddings: the next question is answered as if it were the first."""
+        self.cache.clear()
+        self._encoded.clear()
+
     def _encode(self, picture: Picture) -> EncodedImage:
         bundle = self._parts.bundle
         if bundle is None or self.image_tokens is None:

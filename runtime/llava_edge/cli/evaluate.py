@@ -2,84 +2,52 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import importlib
 
 import click
 
-from llava_edge.cli import debug_option, terminal
+from llava_edge.cli import did_you_mean
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+TASKS = (
+    "captions", "animals", "pope", "easy-vqa", "chair", "choices",
+    "scienceqa", "mme", "vqav2", "gqa", "textvqa", "llava-bench",
+)  # fmt: skip
+TOOLS = ("judge", "compare", "merge", "sweep", "report", "make-sets")
+# name -> module:attribute
+COMMANDS = {
+    **{name: f"eval_tasks:{name.replace('-', '_')}" for name in TASKS},
+    **{name: f"eval_tools:{name.replace('-', '_')}" for name in TOOLS},
+}
 
-    from llava_edge.bench.tasks.evaluate import Answer, Question
+
+class EvalGroup(click.Group):
+    """Tasks and tools, imported when one of them is run or listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute = COMMANDS[cmd_name].split(":")
+        command: click.Command = getattr(importlib.import_module(f"llava_edge.cli.{module}"), attribute)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+            raise click.UsageError(f"no such task: {args[0]}{did_you_mean(args[0], COMMANDS)}", ctx)
+        return super().resolve_command(ctx, args)
 
 
-@click.group("eval", short_help="Score a model on pictures with known answers.")
+@click.group("eval", cls=EvalGroup, short_help="Score a model on pictures with known answers.")
 def evaluate() -> None:
-    """Score a model, greedily, on pictures with known answers."""
+    """Score a model, greedily, on a benchmark in its published format.
 
+    Every answer is a line of samples.jsonl in the run's folder; a run that was stopped goes on with --resume.
 
-def _options(command: Any) -> Any:
-    for option in (
-        debug_option,
-        click.option("--quiet", is_flag=True, help="Show no progress."),
-        click.option("--answers", type=click.Path(path_type=Path), help="Keep every answer, as JSON lines."),
-        click.option("--threads", type=click.IntRange(1), help="Threads; default: one a core."),
-        click.option("--image-tokens", type=click.IntRange(1), help="Visual tokens a picture."),
-        click.option("--limit", type=click.IntRange(2), help="Only the first so many pictures."),
-        click.option("--model", default="nano", show_default=True, help="A name or a bundle."),
-    ):
-        command = option(command)
-    return command
-
-
-@evaluate.command()
-@click.argument("captions_file", type=click.Path(path_type=Path))
-@click.argument("images", type=click.Path(path_type=Path))
-@click.option("--split", default="dev", show_default=True)
-@_options
-def captions(captions_file: Path, images: Path, split: str, **options: Any) -> None:
-    """CIDEr-D on IMAGES, with the reference captions in CAPTIONS_FILE ({SPLIT: {NAME: [captions]}})."""
-    from llava_edge.bench.tasks.evaluate import read_captions, score_captions
-
-    _run(read_captions(captions_file, split, images), score_captions, max_tokens=40, **options)
-
-
-@evaluate.command()
-@click.argument("folders", nargs=-1, required=True, type=click.Path(path_type=Path))
-@_options
-def animals(folders: tuple[Path, ...], **options: Any) -> None:
-    """Share of the pictures in FOLDERS of which the model says the folder's name ("cat", "dog") and no other's."""
-    from llava_edge.bench.tasks.evaluate import read_classes, score_classes
-
-    _run(read_classes(folders), score_classes, max_tokens=24, **options)
-
-
-def _run(
-    questions: Sequence[Question],
-    score: Callable[[Sequence[Answer]], dict[str, Any]],
-    *,
-    max_tokens: int,
-    model: str,
-    limit: int | None,
-    image_tokens: int | None,
-    threads: int | None,
-    answers: Path | None,
-    quiet: bool,
-) -> None:
-    import llava_edge
-    from llava_edge.bench.tasks.evaluate import ask_all, write_answers
-
-    questions = questions[:limit]
-    with (
-        llava_edge.load(model, image_tokens=image_tokens, n_threads=threads) as loaded,
-        click.progressbar(questions, label=loaded.name, file=sys.stderr, hidden=quiet) as progress,
-    ):
-        said = ask_all(loaded, progress, max_tokens=max_tokens)
-        summary = {"model": loaded.name, "image_tokens": loaded.image_tokens, **score(said)}
-    if answers is not None:
-        write_answers(answers, said)
-    terminal.data(json.dumps(summary) + "\n")
+    \b
+    llava-edge eval easy-vqa --data easy_vqa/data --model nano
+    llava-edge eval pope --data pope --model nano --limit 500 --json
+    """

@@ -1,0 +1,172 @@
+"""Which model is asked, and the paper's ablations that need no training: a bundle with another manifest."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, PromptFormat, resolve_model
+from llava_edge.errors import InputError
+from llava_edge.types import FitMode
+
+if TYPE_CHECKING:
+    from llava_edge.model import Model
+
+_CURIOUS = "A chat between a curious {} and an artificial intelligence assistant. "
+_POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+_VICUNA = PromptFormat(
+    bos="",
+    system="{system} ",
+    default_system=_CURIOUS.format("user") + _POLITE.format("user"),
+    user_prefix="USER: ",
+    user_suffix=" ",
+    assistant_prefix="ASSISTANT:",
+    turn_end="</s>",
+    stop=("</s>",),
+    image_suffix="\n",
+)
+PROMPT_FORMATS = {
+    "vicuna_v1": _VICUNA,
+    "llava_v1": replace(_VICUNA, default_system=_CURIOUS.format("human") + _POLITE.format("human")),
+    "mistral_instruct": PromptFormat("", "", None, "[INST] ", " [/INST]", "", "</s>", ("</s>",), "\n"),
+    "chatml_direct": PromptFormat(
+        bos="",
+        system="<|im_start|>system\n{system}<|im_end|>",
+        default_system="Answer the questions.",
+        user_prefix="<|im_start|>user\n",
+        user_suffix="<|im_end|>",
+        assistant_prefix="<|im_start|>assistant\n",
+        turn_end="<|im_end|>",
+        stop=("<|im_end|>",),
+        image_suffix="\n",
+    ),
+    "plain": PromptFormat("", "", None, "", "", "", "\n", (), ""),
+}
+"""The conversation formats of LLaVA. A bundle's own token for the beginning and its own stop texts stay."""
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """A model and how it is run. ``image_mode``, ``prompt_format`` and ``feature_layers`` override a bundle's."""
+
+    model: str | None = None
+    llm: Path | None = None
+    mmproj: Path | None = None
+    image_tokens: int | None = None
+    n_ctx: int | None = None
+    threads: int | None = None
+    n_gpu_layers: int | None = None
+    system: str | None = None
+    image_mode: FitMode | None = None
+    prompt_format: str | None = None
+    feature_layers: tuple[int, ...] | None = None
+
+    @property
+    def _changed(self) -> bool:
+        return bool(self.image_mode or self.prompt_format or self.feature_layers)
+
+    def describe(self) -> dict[str, Any]:
+        """What makes two runs' models the same; it costs no loading and names no path."""
+        if self.llm or self.mmproj:
+            if self._changed or self.image_tokens is not None:
+                raise InputError("image tokens, image mode, prompt format and feature layers need a bundle")
+            files = {path.name: path.stat().st_size for path in (self.llm, self.mmproj) if path and path.is_file()}
+            return {"name": self.llm.stem if self.llm else None, "files": files, "system": self.system}
+        bundle = self._bundle()
+        manifest = changed_manifest(bundle.manifest, self)
+        return {
+            "name": manifest.name,
+            "files": {file.path: file.sha256 for file in manifest.files},
+            "types": {file.role: file.type for file in manifest.files},
+            "image_tokens": self.image_tokens or manifest.visual_tokens.default,
+            "image_mode": manifest.image.mode,
+            "prompt_format": self.prompt_format,
+            "feature_layers": list(manifest.feature_layers),
+            "system": self.system,
+        }
+
+    def _bundle(self) -> Bundle:
+        return resolve_model(self.model or "nano")
+
+    @contextmanager
+    def load(self) -> Iterator[Model]:
+        """The loaded model."""
+        import llava_edge
+
+        with tempfile.TemporaryDirectory(prefix="llava-edge-") as folder:
+            name: str | Path | None = self.model or (None if self.llm or self.mmproj else "nano")
+            if self._changed:
+                name = write_variant(self._bundle(), self, Path(folder) / "variant")
+            with llava_edge.load(
+                name,
+                llm=self.llm,
+                mmproj=self.mmproj,
+                n_ctx=self.n_ctx,
+                n_threads=self.threads,
+                n_gpu_layers=self.n_gpu_layers,
+                image_tokens=self.image_tokens,
+            ) as model:
+                yield model
+
+
+def changed_manifest(manifest: Manifest, choice: ModelChoice) -> Manifest:
+    """The manifest with the choice's ablations; InputError where the bundle can't have them."""
+    if choice.image_mode:
+        manifest = replace(manifest, image=replace(manifest.image, mode=choice.image_mode))
+    if choice.prompt_format:
+        if choice.prompt_format not in PROMPT_FORMATS:
+            raise InputError(f"prompt format is {choice.prompt_format!r}; expected one of {', '.join(PROMPT_FORMATS)}")
+        own, wanted = manifest.prompt, PROMPT_FORMATS[choice.prompt_format]
+        stops = (*own.stop, *(text for text in wanted.stop if text not in own.stop))
+        manifest = replace(manifest, prompt=replace(wanted, bos=own.bos, stop=stops))
+    if choice.feature_layers and choice.feature_layers != manifest.feature_layers:
+        wanted_layers = len(manifest.feature_layers)
+        if len(choice.feature_layers) != wanted_layers:
+            raise InputError(
+                f"{len(choice.feature_layers)} feature layers; the projector of {manifest.name} reads {wanted_layers} "
+                f"(it has {', '.join(map(str, manifest.feature_layers))})"
+            )
+        if list(choice.feature_layers) != sorted(set(choice.feature_layers)):
+            raise InputError("feature layers must rise: llama.cpp puts them side by side in the order of the tower")
+        # The probe was made with the bundle's own layers.
+        manifest = replace(manifest, feature_layers=choice.feature_layers, probe=None)
+    return manifest
+
+
+def write_variant(bundle: Bundle, choice: ModelChoice, folder: Path) -> Path:
+    """A bundle of links to the files of another one, with the changed manifest."""
+    manifest = changed_manifest(bundle.manifest, choice)
+    for file in manifest.files:
+        target = folder / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file.role == "mmproj" and manifest.feature_layers != bundle.manifest.feature_layers:
+            shutil.copyfile(bundle.directory / file.path, target)
+            _set_feature_layers(target, manifest.feature_layers)
+        else:
+            target.symlink_to((bundle.directory / file.path).resolve())
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    return folder
+
+
+def _set_feature_layers(mmproj: Path, layers: tuple[int, ...]) -> None:
+    """Overwrite the numbers in place; the file keeps its size."""
+    import gguf
+
+    reader = gguf.GGUFReader(mmproj, "r+")
+    field = reader.fields.get("clip.vision.feature_layer")
+    blocks = reader.fields["clip.vision.block_count"].contents()
+    if field is None or len(field.data) != len(layers):
+        raise InputError(f"{mmproj.name} has no list of {len(layers)} feature layers that could be changed")
+    if not all(0 <= layer <= blocks for layer in layers):
+        raise InputError(
+            f"feature layers are {', '.join(map(str, layers))}; the file has 0 (the input) to {blocks}",
+            hint="A bundle keeps only the blocks that it reads: later ones are gone, earlier ones can be tried.",
+        )
+    for place, layer in zip(field.data, layers, strict=True):
+        field.parts[place][0] = layer
+    reader.data.flush()

@@ -1,0 +1,255 @@
+"""A run: a folder with what was asked of whom (``run.json``), every answer (``samples.jsonl``) and the summary.
+
+A run can be stopped at any moment and resumed. Its summary is made of the records alone and holds no times, so a run
+that was stopped, split over machines or joined has the very same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_edge.bench.tasks.asking import Asker, Said
+from llava_edge.bench.tasks.samples import Record, Sample, by_picture, read_records, shard, write_text
+from llava_edge.bench.tasks.task import Metrics, Task, make_task
+from llava_edge.errors import InputError
+
+if TYPE_CHECKING:
+    from llava_edge.bench.tasks.reading import Data
+
+__all__ = ["Plan", "Run", "Said", "finish", "open_run", "plan_run", "run_samples", "summary_of"]
+
+SETTINGS, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
+REVIEWS, JUDGED = "reviews.jsonl", "judged.json"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The samples of this part of a run, with their numbers in the whole."""
+
+    settings: dict[str, Any]
+    samples: list[tuple[int, Sample]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder that was opened: its settings and the records in it."""
+
+    folder: Path
+    settings: dict[str, Any]
+    records: list[Record]
+
+    @property
+    def name(self) -> str:
+        """Task and model, for people."""
+        return f"{self.settings['task']} {self.settings['model']['name']}"
+
+
+def plan_run(
+    name: str,
+    options: dict[str, Any],
+    task: Task,
+    data: Data,
+    model: dict[str, Any],
+    *,
+    limit: int | None = None,
+    part: tuple[int, int] = (1, 1),
+) -> Plan:
+    """Read the benchmark, choose this part's samples, and write down what makes two runs the same."""
+    everything = by_picture(task.read(data))
+    samples = everything[:limit]
+    if not samples:
+        raise InputError(f"there is nothing to ask in {data.root}: {len(data.skipped)} entries were skipped")
+    if len({sample.id for sample in samples}) < len(samples):
+        twice = next(name for name, count in Counter(sample.id for sample in samples).items() if count > 1)
+        raise InputError(f"two samples of {data.root} have the id {twice}")
+    task.prepare(samples)
+    settings = {
+        "task": name,
+        "options": options,
+        "model": model,
+        "max_tokens": task.max_tokens,
+        "limit": limit,
+        "samples": len(samples),
+        "skipped": len(data.skipped),
+        "data_sha256": _data_hash(samples),
+        "shard": list(part),
+    }
+    return Plan(settings, shard(samples, *part))
+
+
+def _data_hash(samples: Sequence[Sample]) -> str:
+    """Over questions and answers, not over paths: the same data lies elsewhere on another machine."""
+    digest = hashlib.sha256()
+    for s in samples:
+        digest.update(json.dumps([s.id, s.question, s.image_name, s.expected, s.facts, s.choices]).encode())
+    return digest.hexdigest()
+
+
+def start(folder: Path, plan: Plan, *, resume: bool, overwrite: bool) -> list[Record]:
+    """Make the run's folder, or open it to go on; the records that are there already.
+
+    Raises
+    ------
+    InputError
+        There is a run that was not to be resumed, or one with other settings.
+    """
+    settings = folder / SETTINGS
+    if settings.is_file() and not overwrite:
+        if not resume:
+            raise InputError(f"{folder} has a run already", hint="--resume goes on with it, --overwrite begins anew.")
+        _check_same(folder, _read_settings(folder), plan.settings)
+        return _kept_records(folder, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (SUMMARY, SAMPLES, REVIEWS, JUDGED):
+        (folder / name).unlink(missing_ok=True)
+    write_text(settings, json.dumps(plan.settings, indent=2, ensure_ascii=False) + "\n")
+    return []
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{folder} is not a run: it has no {SETTINGS}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't read {path}: {error}") from None
+    if not isinstance(settings, dict) or "task" not in settings:
+        raise InputError(f"{path} does not describe a run")
+    return settings
+
+
+def _check_same(folder: Path, old: dict[str, Any], new: dict[str, Any], *ignore: str) -> None:
+    new = json.loads(json.dumps(new))
+    for key in [*new, *(key for key in old if key not in new)]:
+        if key not in ignore and old.get(key) != new.get(key):
+            raise InputError(
+                f"{folder} is another run: its {key} is {_short(old.get(key))}, this one's {_short(new.get(key))}",
+                hint="Give the same options, or another --output.",
+            )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else text[:97] + "..."
+
+
+def _kept_records(folder: Path, plan: Plan) -> list[Record]:
+    """The records of a run that goes on. A last line that was torn when the run was killed is cut off."""
+    path = folder / SAMPLES
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+    records = read_records(path)
+    for number, (record, (index, sample)) in enumerate(zip(records, plan.samples, strict=False), 1):
+        if (record.index, record.id, record.question) != (index, sample.id, sample.question):
+            raise InputError(f"{path}:{number}: is sample {record.id}; expected {sample.id}")
+    if len(records) > len(plan.samples):
+        raise InputError(f"{path} has {len(records)} records; this run has {len(plan.samples)} samples")
+    return records
+
+
+def run_samples(
+    folder: Path, plan: Plan, task: Task, asker: Asker, done: list[Record], progress: Callable[[int], None]
+) -> list[Record]:
+    """Ask what is left and append every answer to the run's file at once."""
+    records = list(done)
+    with (folder / SAMPLES).open("a", encoding="utf-8") as file:
+        for index, sample in plan.samples[len(done) :]:
+            record = ask(task, asker, index, sample)
+            file.write(record.to_json() + "\n")
+            file.flush()
+            records.append(record)
+            progress(1)
+    return records
+
+
+def ask(task: Task, asker: Asker, index: int, sample: Sample) -> Record:
+    """Ask one question and mark the answer."""
+    started = time.perf_counter()
+    said = asker.answer(task, sample)
+    seconds = time.perf_counter() - started
+    mark = task.mark(sample, said)
+    return Record(
+        index=index,
+        id=sample.id,
+        image=sample.image_name,
+        question=sample.question,
+        prompt_sha256=said.prompt_sha256,
+        answer=said.text,
+        expected=sample.expected,
+        score=mark.score,
+        detail=mark.detail,
+        facts=sample.facts,
+        seconds=round(seconds, 6),
+        tokens=said.tokens,
+    )
+
+
+def summary_of(settings: dict[str, Any], metrics: Metrics, headline: str, asked: int) -> dict[str, Any]:
+    """The summary: what was run, and every metric with its interval."""
+    kept = {key: settings[key] for key in ("task", "model", "options", "samples", "skipped", "shard")}
+    return {
+        **kept,
+        "asked": asked,
+        "headline": headline,
+        "metrics": {name: asdict(metric) for name, metric in metrics.items()},
+    }
+
+
+def finish(folder: Path, settings: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+    """Write the summary and the task's own files beside it."""
+    task = make_task(settings["task"], settings["options"])
+    summary = summary_of(settings, task.summarize(records), task.headline, len(records))
+    files = task.extra_files(records, folder)
+    if files:
+        summary["files"] = [path.name for path in files]
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    return summary
+
+
+def open_run(folder: Path) -> Run:
+    """Open a run to look at it."""
+    settings = _read_settings(folder)
+    path = folder / SAMPLES
+    return Run(folder, settings, read_records(path) if path.is_file() else [])
+
+
+def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
+    """Join the parts of a run that was split with ``--shard``; the summary is that of a run in one piece.
+
+    Raises
+    ------
+    InputError
+        The parts are of different runs, one is missing, given twice or not finished.
+    """
+    runs = [open_run(folder) for folder in folders]
+    for run in runs[1:]:
+        _check_same(run.folder, run.settings, runs[0].settings, "shard")
+    parts = runs[0].settings["shard"][1]
+    numbers = sorted(tuple(run.settings["shard"]) for run in runs)
+    if numbers != [(number, parts) for number in range(1, parts + 1)]:
+        have = ", ".join(f"{number}/{of}" for number, of in numbers)
+        raise InputError(f"the parts are {have}; expected each of 1/{parts} to {parts}/{parts} once")
+    records = sorted((record for run in runs for record in run.records), key=lambda record: record.index)
+    wanted = runs[0].settings["samples"]
+    if [record.index for record in records] != list(range(wanted)):
+        raise InputError(f"the parts have {len(records)} of {wanted} samples", hint="Finish them with --resume first.")
+    settings = {**runs[0].settings, "shard": [1, 1]}
+    if (target / SETTINGS).exists():
+        raise InputError(f"{target} has a run already", hint="Name another folder.")
+    target.mkdir(parents=True, exist_ok=True)
+    write_text(target / SAMPLES, "".join(record.to_json() + "\n" for record in records))
+    write_text(target / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    return finish(target, settings, records)
