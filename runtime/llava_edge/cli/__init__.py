@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
+    "bench": ("llava_edge.cli.bench:bench", "Measure speed, memory and what quantisation costs."),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 

@@ -1,0 +1,148 @@
+"""``llava-edge bench``: what a model costs in time, memory and quality, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llava_edge.cli import debug_option, terminal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llava_edge.bench.record import Result
+    from llava_edge.bench.speed.measure import SpeedSettings
+
+PATH = click.Path(path_type=Path)
+
+
+@click.group("bench", short_help="Measure speed, memory and what quantisation costs.")
+def bench() -> None:
+    """Measure models on this machine: speed, memory, and what quantisation costs."""
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,512") from None
+
+
+def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def _options(*options: Any) -> Callable[[Any], Any]:
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_common = _options(
+    click.option("--threads", type=click.IntRange(1), help="Threads; default: one a core."),
+    click.option("--image-tokens", type=click.IntRange(1), help="Visual tokens a picture; default: the model's own."),
+    click.option("--quiet", is_flag=True, help="Show no progress."),
+    debug_option,
+)
+_outputs = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON, with the raw samples."),
+    click.option("-o", "--output", metavar="FILE", type=PATH, help="Keep the record, for `bench compare`."),
+)
+_speed_options = _options(
+    click.option(
+        "--pp", "prompt_tokens", type=click.IntRange(1), default=512, show_default=True, help="Prompt length."
+    ),
+    click.option("--tg", "answer_tokens", type=click.IntRange(1), default=64, show_default=True, help="Answer length."),
+    click.option(
+        "--depth",
+        "depths",
+        metavar="N,N…",
+        callback=_numbers,
+        default="0,512",
+        show_default=True,
+        help="Where answers begin.",
+    ),
+    click.option("--cold-starts", type=click.IntRange(0), default=3, show_default=True, help="Fresh processes."),
+    click.option("--repetitions", type=click.IntRange(1), default=30, show_default=True, help="The most samples."),
+    click.option(
+        "--max-seconds", type=click.FloatRange(0.01), default=10, show_default=True, help="The most time a figure."
+    ),
+)
+
+
+def _settings(
+    threads: int | None,
+    prompt_tokens: int,
+    answer_tokens: int,
+    depths: tuple[int, ...],
+    cold_starts: int,
+    repetitions: int,
+    max_seconds: float,
+) -> SpeedSettings:
+    from llava_edge import native
+    from llava_edge.bench.speed.measure import SpeedSettings
+    from llava_edge.bench.speed.repeat import Limits
+
+    limits = Limits(min(6, repetitions), repetitions, max_seconds)
+    used = threads or native.default_threads()
+    return SpeedSettings(used, prompt_tokens, answer_tokens, depths, cold_starts, limits)
+
+
+@bench.command()
+@click.argument("bundles", nargs=-1, metavar="[BUNDLE]…")
+@_speed_options
+@_outputs
+@_common
+def speed(
+    bundles: tuple[str, ...],
+    image_tokens: int | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Load, encode, prefill, decode, time to the first token and memory of each BUNDLE (default: nano).
+
+    The machine's own rates of reading memory and of matrix products are measured in the same run, and the share of
+    them that the model reaches is shown (MBU, MFU).
+
+    \b
+    llava-edge bench speed nano --depth 0,1024
+    """
+    from llava_edge.bench.models import open_subjects
+    from llava_edge.bench.speed.measure import bench_speed
+
+    _check_output(output)
+    subjects = open_subjects(list(bundles) or ["nano"], image_tokens)
+    result = bench_speed(subjects, _settings(**options), _say(quiet))
+    _show(result, as_json, output)
+
+
+def _say(quiet: bool) -> Any:
+    return (lambda _line: None) if quiet else terminal.note
+
+
+def _check_output(output: Path | None) -> None:
+    """Before hours of work, not after them."""
+    from llava_edge.errors import InputError
+
+    if output is not None and (not output.parent.is_dir() or output.is_dir()):
+        raise InputError(f"can't write {output}", hint="Name a file in a directory that exists.")
+
+
+def _show(result: Result, as_json: bool, output: Path | None) -> None:
+    from llava_edge.bench.record import write_atomically
+    from llava_edge.bench.report import text
+
+    if output is not None:
+        write_atomically(output, result.to_json())
+    for warning in result.warnings:
+        terminal.note(f"warning: {warning}")
+    terminal.data(result.to_json() if as_json else text.summary(result))
