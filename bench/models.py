@@ -10,9 +10,12 @@ from pathlib import Path
 from llava_edge.bench.record import ModelFile, Row
 from llava_edge.bench.speed.workload import Weights, read_weights
 from llava_edge.bundle import Bundle, resolve_model, sha256_file
+from llava_edge.convert.quantize import LLM_TYPES as convert_types
 from llava_edge.errors import InputError
 from llava_edge.vision.tokens import pooled_counts
 
+# Worth measuring besides what a conversion offers.
+LLM_TYPES = tuple(dict.fromkeys((*convert_types, "Q3_K_L", "Q2_K")))
 SYNTHETIC = "synthetic"  # the family of bundles with random weights
 
 
@@ -43,7 +46,7 @@ class Subject:
             path = self.bundle.directory / file.path
             types = self.weights[file.role].types if file.role in self.weights else {}
             files.append(ModelFile(file.role, file.path, file.type, path.stat().st_size, sha256_file(path), types))
-        notes = ("random weights: only speed, memory and size mean anything",) if self.synthetic else ()
+        notes = (f"{manifest.source}; answers and quality mean nothing",) if self.synthetic else ()
         size, tokens = manifest.image.size, self.image_tokens
         return Row(self.label, manifest.name, manifest.family, size, tokens, tuple(files), {}, notes)
 

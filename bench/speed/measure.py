@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 PICTURE_SIZE = (640, 480)
-_ROOM = 64  # tokens of the question and its scaffold, generously
+_ROOM = 256  # tokens of the question and its scaffold, generously
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _spread(samples: list[float]) -> float:
 
 def _doubt(samples: list[float], limits: Limits) -> str | None:
     if len(samples) == 1:
-        return f"a single sample: it took more than {limits.max_seconds:g} s"
+        return f"a single sample: it took more than {limits.max_seconds:.2g} s"
     if _spread(samples) > limits.spread:
         return f"uncertain by {_spread(samples):.0%} after {len(samples)} repetitions"
     return None

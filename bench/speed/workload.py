@@ -45,6 +45,7 @@ class Weights:
     head_width: int
     image_size: int
     patch_size: int
+    feature_layer: int
 
     @property
     def types(self) -> dict[str, int]:
@@ -69,8 +70,13 @@ class Weights:
     def encode_flops(self) -> Counter[str]:
         """Operations for one picture, by the weights' type."""
         patches = (self.image_size // self.patch_size) ** 2 if self.patch_size else 0
-        once = _flops(t for t in self.tensors if t.name.endswith(".weight") and "position" not in t.name)
+        once = _flops(t for t in self.tensors if "position" not in t.name and not self._unread(t))
         return Counter({kind: count * patches for kind, count in once.items()})
+
+    def _unread(self, tensor: Tensor) -> bool:
+        """Whether it belongs to a block after the last hidden state that is read."""
+        block = tensor.name.split(".")[2] if tensor.name.startswith("v.blk.") else ""
+        return bool(self.feature_layer) and block.isdecimal() and int(block) >= self.feature_layer
 
 
 def _flops(tensors: Any) -> Counter[str]:
@@ -92,6 +98,7 @@ def read_weights(path: Path) -> Weights:
         return int(value) if isinstance(value, int) else 0
 
     heads = number("attention.head_count")
+    layers = reader.fields.get("clip.vision.feature_layer")
     return Weights(
         tensors=tuple(
             Tensor(t.name, t.tensor_type.name, tuple(int(n) for n in t.shape), int(t.n_bytes)) for t in reader.tensors
@@ -102,4 +109,5 @@ def read_weights(path: Path) -> Weights:
         head_width=number("attention.key_length") or (number("embedding_length") // heads if heads else 0),
         image_size=number("vision.image_size"),
         patch_size=number("vision.patch_size"),
+        feature_layer=max((int(n) for n in layers.contents()), default=0) if layers else 0,
     )

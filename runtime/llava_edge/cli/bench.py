@@ -97,11 +97,19 @@ def _settings(
 
 @bench.command()
 @click.argument("bundles", nargs=-1, metavar="[BUNDLE]…")
+@click.option(
+    "--synthetic", "shapes", multiple=True, metavar="SHAPE", help="Random weights of a shape; again for more."
+)
+@click.option("--types", callback=_names, default="Q4_K_M", show_default=True, help="Of synthetic language models.")
+@click.option("--mmproj-type", metavar="TYPE", default="F16", show_default=True, help="Of synthetic vision towers.")
 @_speed_options
 @_outputs
 @_common
 def speed(
     bundles: tuple[str, ...],
+    shapes: tuple[str, ...],
+    types: tuple[str, ...],
+    mmproj_type: str,
     image_tokens: int | None,
     as_json: bool,
     output: Path | None,
@@ -110,19 +118,40 @@ def speed(
 ) -> None:
     """Load, encode, prefill, decode, time to the first token and memory of each BUNDLE (default: nano).
 
+    With --synthetic a model of a known shape with random weights is made and measured, so that speed is known before
+    a download: llava-1.5-7b, llava-1.5-13b, llava-1.6-mistral-7b, mobilevlm-1.7b, mobilevlm-3b, nano.
+
     The machine's own rates of reading memory and of matrix products are measured in the same run, and the share of
     them that the model reaches is shown (MBU, MFU).
 
     \b
     llava-edge bench speed nano --depth 0,1024
+    llava-edge bench speed --synthetic llava-1.5-7b --types Q4_K_M,Q4_0
     """
-    from llava_edge.bench.models import open_subjects
+    from contextlib import ExitStack
+
+    from llava_edge.bench.models import open_subject, open_subjects
     from llava_edge.bench.speed.measure import bench_speed
+    from llava_edge.bench.speed.shapes import find_shape
+    from llava_edge.bench.speed.synthetic import synthetic_bundle
 
     _check_output(output)
-    subjects = open_subjects(list(bundles) or ["nano"], image_tokens)
-    result = bench_speed(subjects, _settings(**options), _say(quiet))
+    names = list(bundles) or ([] if shapes else ["nano"])
+    asked = [(find_shape(shape), _llm_type(kind)) for shape in shapes for kind in types]
+    subjects, settings = open_subjects(names, image_tokens), _settings(**options)
+    with ExitStack() as stack:
+        for shape, kind in asked:
+            folder = stack.enter_context(synthetic_bundle(shape, kind, mmproj_type, _say(quiet)))
+            subjects.append(open_subject(folder, image_tokens))
+        result = bench_speed(subjects, settings, _say(quiet))
     _show(result, as_json, output)
+
+
+def _llm_type(name: str) -> str:
+    from llava_edge.bench.models import LLM_TYPES
+    from llava_edge.convert.quantize import check_type
+
+    return check_type(name, LLM_TYPES)
 
 
 def _say(quiet: bool) -> Any:
