@@ -32,3 +32,11 @@ def test_bad_input_is_one_line_before_anything_is_measured(run, tiny_bundle):
         assert words in result.err.splitlines()[0]
         assert result.out == ""
     assert run("bench", "speed", tiny_bundle, "--depth", "0,x").code == 2
+
+
+def test_quality_says_what_is_missing(run, tiny_bundle):
+    result = run("bench", "quality", tiny_bundle, "--reference", tiny_bundle)
+    assert result.code == 2
+    assert "--data" in result.err
+    result = run("bench", "quality", tiny_bundle, "--reference", tiny_bundle, "--data", "gone.json")
+    assert (result.code, result.err.splitlines()[0]) == (1, "error: no such file: gone.json")

@@ -147,6 +147,61 @@ def speed(
     _show(result, as_json, output)
 
 
+_data_options = _options(
+    click.option("--data", metavar="FILE", type=PATH, help="Samples: LLaVA's JSON, captions, or a text (.txt)."),
+    click.option("--images", metavar="DIR", type=PATH, help="Where its pictures are; default: beside it."),
+    click.option("--split", default="dev", show_default=True, help="The part of a caption file."),
+    click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="The most samples."),
+)
+
+
+@bench.command()
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE…")
+@click.option("--reference", required=True, metavar="BUNDLE", help="What the others are compared with, F16 as a rule.")
+@_data_options
+@click.option("--answer-tokens", type=click.IntRange(1), default=64, show_default=True, help="Scored of each answer.")
+@click.option("--cache", metavar="DIR", type=PATH, help="Where reference logits are kept; default: with other caches.")
+@_outputs
+@_common
+def quality(
+    bundles: tuple[str, ...],
+    reference: str,
+    data: Path | None,
+    images: Path | None,
+    split: str,
+    limit: int,
+    answer_tokens: int,
+    cache: Path | None,
+    threads: int | None,
+    image_tokens: int | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """How far each BUNDLE is from the reference on answers given pictures.
+
+    KL divergence, agreement of the most likely token and perplexity along the known answers of the data, and the
+    models' own answers, each with a 95 % interval over pictures. What the reference says is kept on disk.
+
+    \b
+    llava-edge bench quality my-Q4_K_M --reference my-F16 --data captions.json --images pictures
+    """
+    from llava_edge import native
+    from llava_edge.bench.models import open_subject, open_subjects
+    from llava_edge.bench.quality.data import read_data
+    from llava_edge.bench.quality.measure import QualitySettings, bench_quality
+    from llava_edge.vision.selfcheck import cache_dir
+
+    _check_output(output)
+    if data is None:
+        raise click.UsageError("quality needs --data: answers that are known")
+    subjects, base = open_subjects(list(bundles), image_tokens), open_subject(reference, image_tokens)
+    settings = QualitySettings(threads or native.default_threads(), answer_tokens, text_chunks=limit)
+    samples = read_data(data, images, split=split, limit=limit)
+    result = bench_quality(subjects, base, samples, settings, cache or cache_dir() / "bench", _say(quiet))
+    _show(result, as_json, output)
+
+
 def _llm_type(name: str) -> str:
     from llava_edge.bench.models import LLM_TYPES
     from llava_edge.convert.quantize import check_type
