@@ -21,7 +21,7 @@ class Column:
 
 
 # metric, title, in which unit and with how many digits it is shown
-_QUALITY = (
+QUALITY = (
     ("kl_mean", "KL mean", 1.0, "{:.4f}"),
     ("kl_median", "KL median", 1.0, "{:.4f}"),
     ("kl_p99", "KL p99", 1.0, "{:.3f}"),
@@ -31,7 +31,7 @@ _QUALITY = (
     ("same_text", "same answer %", 100.0, "{:.0f}"),
     ("cider_d", "CIDEr-D", 1.0, "{:.3f}"),
 )
-_SPEED = (
+SPEED = (
     ("ttft_cold", "TTFT cold s", 1.0, "{:.2f}"),
     ("ttft_warm", "TTFT warm s", 1.0, "{:.3f}"),
     ("ttft_warm_p95", "p95 s", 1.0, "{:.3f}"),
@@ -45,7 +45,7 @@ def columns(result: Result) -> list[Column]:
     """The columns that at least one row fills."""
     found = [Column("model", lambda row: row.label, numeric=False), Column("size MB", lambda r: f"{r.bytes / 1e6:.1f}")]
     names = list(dict.fromkeys(name for row in result.rows for name in row.metrics))
-    found += [_metric(*entry) for entry in (*_QUALITY, *_SPEED) if entry[0] in names]
+    found += [_metric(*entry) for entry in (*QUALITY, *SPEED) if entry[0] in names]
     for name in names:
         if re.fullmatch(r"pp\d+|tg\d+@\d+", name):
             found.append(_metric(name, f"{name} t/s", 1.0, "{:.1f}"))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from llava_edge.bench.record import Result
 from llava_edge.bench.report import table
 
@@ -33,7 +36,7 @@ def legend(result: Result) -> list[str]:
 
 def title_of(name: str) -> str:
     """A metric's title in the tables."""
-    known = {entry[0]: entry[1] for entry in (*table._QUALITY, *table._SPEED)}
+    known = {entry[0]: entry[1] for entry in (*table.QUALITY, *table.SPEED)}
     return known.get(name, name)
 
 
@@ -45,19 +48,29 @@ def circumstances(result: Result) -> list[tuple[str, str]]:
         ("power", machine.power_source),
         ("measured", f"{result.created_utc} with llava-edge {result.version}"),
         ("llama.cpp", f"{result.llama_cpp_commit} (llama-cpp-python {result.llama_cpp_version})"),
-        ("settings", ", ".join(f"{key} {value}" for key, value in result.settings.items() if value is not None)),
+        ("settings", ", ".join(_flat(result.settings))),
     ]
     for name, metric in result.ceilings.items():
         unit = "GB/s" if metric.unit == "bytes/s" else "GFLOP/s"
-        facts.append((name.replace("_", " "), f"{metric.value / 1e9:.1f} {unit}"))
+        what, _, kind = name.partition(" ")
+        facts.append((f"{what.replace('_', ' ')} {kind}".strip(), f"{metric.value / 1e9:.1f} {unit}"))
     return facts
+
+
+def _flat(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Nested settings in words: ``threads 2``, ``depths 0 512``."""
+    for key, value in values.items():
+        name = f"{before}{key.replace('_', ' ')}"
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name} ")
+        elif value is not None:
+            yield f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def summary(result: Result) -> str:
     """The table and the recommendations, for a terminal."""
-    parts = [table.markdown(result)]
-    parts += [f"{rec.rule}: {rec.label or 'none'}\n" for rec in result.recommendations]
-    return "\n".join(parts)
+    picks = "".join(f"{rec.rule}: {rec.label or 'none'}\n" for rec in result.recommendations)
+    return table.markdown(result) + ("\n" + picks if picks else "")
 
 
 def report(result: Result, title: str, plots: tuple[str, ...] = ()) -> str:

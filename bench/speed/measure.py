@@ -229,6 +229,9 @@ class _SpeedRun:
         read = self._subject.weights["llm"].decode_bytes(depth) * count
         best = read / self._ceilings["read_bandwidth"].value
         self.metrics[name] = statistics.of_samples("share", [best / seconds for seconds in samples])
+        if self.metrics[name].value > 1:
+            # A model that fits the processor's cache can do it; otherwise the ceiling was measured badly.
+            self.notes.append(f"{name} is above 100 %: the ceiling was measured too low, or the model is in a cache")
 
     def _mfu(self, name: str, flops: Counter[str], samples: list[float]) -> None:
         """Share of the time that the products would take at each type's own ceiling."""

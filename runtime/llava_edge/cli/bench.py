@@ -202,6 +202,97 @@ def quality(
     _show(result, as_json, output)
 
 
+@bench.command()
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, metavar="DIR", type=PATH, help="Where the report goes.")
+@click.option("--types", callback=_names, help="Of the language model; default: nine from F16 to Q2_K.")
+@click.option("--mmproj-types", callback=_names, default="Q8_0", show_default=True, help="Of the vision tower.")
+@_data_options
+@click.option("--memory-limit", type=click.FloatRange(0, min_open=True), default=4, show_default=True, help="In GB.")
+@click.option("--keep", is_flag=True, help="Keep the bundles that were made.")
+@click.option("--restart", is_flag=True, help="Forget what a stopped run has measured.")
+@_speed_options
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON, with the raw samples.")
+@_common
+def quants(
+    source: Path,
+    output: Path,
+    types: tuple[str, ...],
+    mmproj_types: tuple[str, ...],
+    data: Path | None,
+    images: Path | None,
+    split: str,
+    limit: int,
+    memory_limit: float,
+    keep: bool,
+    restart: bool,
+    as_json: bool,
+    image_tokens: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """What each type costs: SOURCE, an F16 bundle or a checkpoint, is made in every type and measured.
+
+    Speed and memory, and with --data quality on answers given pictures. The report in --output is a table with plots
+    as Markdown, CSV, JSON and one page of HTML. A run that was stopped goes on with the same command.
+
+    \b
+    llava-edge bench quants my-F16 -o report --data captions.json --images pictures
+    """
+    from llava_edge.errors import require_extra
+
+    require_extra("bench", "matplotlib")
+    from llava_edge.bench.quality.data import read_data
+    from llava_edge.bench.quality.measure import QualitySettings
+    from llava_edge.bench.quants.plan import DEFAULT_TYPES, QuantsSettings
+    from llava_edge.bench.quants.run import bench_quants
+    from llava_edge.bench.report.files import write_report
+
+    measured = _settings(**options)
+    settings = QuantsSettings(
+        types or DEFAULT_TYPES,
+        mmproj_types,
+        measured,
+        QualitySettings(measured.threads, text_chunks=limit),
+        int(memory_limit * 1e9),
+    )
+    samples = read_data(data, images, split=split, limit=limit) if data else None
+    if samples is None:
+        terminal.note("warning: without --data nothing tells what the types cost in quality")
+    try:
+        result = bench_quants(
+            source, output, settings, samples, image_tokens=image_tokens, keep=keep, restart=restart, say=_say(quiet)
+        )
+    except KeyboardInterrupt:
+        terminal.note("stopped: the same command goes on from here")
+        raise
+    written = write_report(result, output, f"What quantisation costs: {result.rows[0].name}")
+    if not quiet:
+        terminal.note(f"written: {', '.join(map(str, written))}")
+    _show(result, as_json, None)
+
+
+@bench.command()
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@debug_option
+def compare(first: Path, second: Path, as_json: bool) -> None:
+    """Two results side by side, with the ratio of SECOND to FIRST and its interval.
+
+    What else differs (machine, settings, files) is pointed out on stderr.
+    """
+    import json
+
+    from llava_edge.bench.record import read_result
+    from llava_edge.bench.report import compare as comparing
+
+    compared = comparing.compare(read_result(first), read_result(second))
+    for difference in compared.differences:
+        terminal.note(f"warning: not the same {difference}")
+    terminal.data(json.dumps(compared.to_dict()) + "\n" if as_json else comparing.markdown(compared))
+
+
 def _llm_type(name: str) -> str:
     from llava_edge.bench.models import LLM_TYPES
     from llava_edge.convert.quantize import check_type
