@@ -80,7 +80,6 @@ class _Run:
             "image_tokens": self._reference.image_tokens,
         }
         self._check_same_run()
-        check_space(settings, self._reference, data, work, keep=keep)
         self._rows = work / "rows"
         self._rows.mkdir(exist_ok=True)
         self._maker = Maker(self._reference, work, settings.speed.threads, say)
@@ -92,10 +91,13 @@ class _Run:
         todo = [variant for variant in variants if self._kept(variant, "") is None]
         if len(todo) < len(variants):
             self._say(f"{len(variants) - len(todo)} of {len(variants)} are measured already")
+        if todo:
+            check_space(self._settings, self._reference, self._data, self._work, keep=self._keep)
         started = time.monotonic()
         for number, variant in enumerate(todo):
-            left = duration((time.monotonic() - started) / number * (len(todo) - number)) if number else "?"
-            self._say(f"{variant.name}: {number + 1} of {len(todo)}, about {left} left")
+            each = (time.monotonic() - started) / number if number else 0.0
+            left = f", about {duration(each * (len(todo) - number))} left" if number else ""
+            self._say(f"{variant.name}: {number + 1} of {len(todo)}{left}")
             self._measure(variant)
             used = [v for v in variants if v.llm_type == variant.llm_type]
             if not self._keep and not any(self._kept(v, "") is None for v in used):

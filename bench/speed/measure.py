@@ -133,11 +133,14 @@ class _SpeedRun:
             self.notes.append(f"other programs used up to {most:.0%} of the processor during {names}: too slow, repeat")
 
     def cold_starts(self, picture: Path) -> None:
-        starts = []
-        for number in range(self._settings.cold_starts):
-            self._say(f"cold start {number + 1} of {self._settings.cold_starts}")
+        """The first start on a machine checks the vision tower, so that it doesn't count."""
+        wanted = self._settings.cold_starts
+        starts: list[cold.ColdStart] = []
+        for number in range(wanted and wanted + 1):
+            self._say(f"cold start {number} of {wanted}" if number else "first start")
             options = {"threads": self._settings.threads, "image_tokens": self._subject.image_tokens}
             starts.append(cold.start(self._subject.bundle, picture, n_ctx=self._n_ctx, **options))
+        starts = starts[1:]
         if not starts:
             return
         self.metrics["ttft_cold"] = statistics.of_samples("s", [s.ttft_seconds for s in starts])

@@ -16,7 +16,8 @@ from llava_edge.errors import InputError
 class Limits:
     """When to stop: half the interval is below ``spread`` of the median, or a limit is met.
 
-    Six repetitions are the fewest whose range covers the median with 95 %.
+    There are two samples even if they take longer than ``max_seconds``, because one has no spread. Six repetitions
+    are the fewest whose range covers the median with 95 %.
     """
 
     min_repetitions: int = 6
@@ -64,7 +65,7 @@ def repeat(measure: Callable[[], float], limits: Limits) -> Repeated:
         samples.append(measure())
         if len(samples) >= limits.min_repetitions and _spread(samples) <= limits.spread:
             break
-        if time.perf_counter() - started > limits.max_seconds:
+        if len(samples) > 1 and time.perf_counter() - started > limits.max_seconds:
             break
     return Repeated(samples, watch.others(), _doubt(samples, limits))
 
@@ -82,7 +83,7 @@ def _spread(samples: list[float]) -> float:
 
 def _doubt(samples: list[float], limits: Limits) -> str | None:
     if len(samples) == 1:
-        return f"a single sample: it took more than {limits.max_seconds:.2g} s"
+        return "a single sample, which tells nothing of the spread"
     if _spread(samples) > limits.spread:
         return f"uncertain by {_spread(samples):.0%} after {len(samples)} repetitions"
     return None

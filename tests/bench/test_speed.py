@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.bench import statistics
+from llava_edge.bench import environment, statistics
 from llava_edge.bench.environment import Watch
 from llava_edge.bench.models import open_subject
 from llava_edge.bench.record import Metric, Result, read_result, write_atomically
@@ -153,3 +153,32 @@ def test_cells_are_rounded_at_the_edge_only(result: Result) -> None:
     assert [cell.strip() for cell in lines[0].split("|")[1:-1]] == ["model", "size MB", "KL mean"]
     assert "0.0123 ±0.0050" in lines[2]
     assert "0.0123456" in table.as_csv(replace(result, rows=(row,)))
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS tells it by a command")
+@pytest.mark.parametrize(
+    ("supplies", "expected"),
+    [
+        ({}, "unknown"),
+        ({"AC": {"type": "Mains", "online": "1"}, "BAT0": {"type": "Battery", "status": "Full"}}, "mains"),
+        ({"AC": {"type": "Mains", "online": "0"}, "BAT0": {"type": "Battery", "status": "Discharging"}}, "battery"),
+    ],
+)
+def test_the_power_source_is_what_the_system_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supplies: dict[str, dict[str, str]], expected: str
+) -> None:
+    for name, facts in supplies.items():
+        (tmp_path / name).mkdir()
+        for key, value in facts.items():
+            (tmp_path / name / key).write_text(f"{value}\n")
+    monkeypatch.setattr(environment, "_POWER", tmp_path)
+    assert environment.power_source() == expected
+
+
+def test_energy_is_the_sum_of_the_packages_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_RAPL", tmp_path)
+    assert environment.energy_joules() is None
+    for zone in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+        (tmp_path / zone).mkdir()
+        (tmp_path / zone / "energy_uj").write_text("2500000\n")
+    assert environment.energy_joules() == 5.0
