@@ -1,0 +1,218 @@
+"""Reference and candidates over the same data: distributions along known answers, and answers of their own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import llava_edge
+from llava_edge import native
+from llava_edge.bench import environment
+from llava_edge.bench.models import Subject
+from llava_edge.bench.progress import Progress, Say
+from llava_edge.bench.quality import scores
+from llava_edge.bench.quality.cases import Case, make_cases
+from llava_edge.bench.quality.data import Data
+from llava_edge.bench.quality.store import EmbeddingStore, LogitStore, compact, key_of, make_folder
+from llava_edge.bench.record import Metric, Result, with_metrics, write_atomically
+from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.generate import Generation, generate
+from llava_edge.sampling import Sampler
+from llava_edge.types import SamplingParams
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """What to measure. ``own_answers`` is the number of samples that the models also answer by themselves."""
+
+    threads: int = field(default_factory=native.default_threads)
+    answer_tokens: int = 64
+    own_answers: int = 100
+    own_answer_tokens: int = 40
+    text_chunks: int | None = 20
+
+    def __post_init__(self) -> None:
+        for name, least in (("threads", 1), ("answer_tokens", 1), ("own_answers", 0), ("own_answer_tokens", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; expected {least} or more")
+
+
+def bench_quality(
+    subjects: Sequence[Subject],
+    reference: Subject,
+    data: Data,
+    settings: QualitySettings,
+    cache: Path,
+    say: Say = log.info,
+) -> Result:
+    """Measure every bundle against the reference. What the reference said is kept in ``cache``."""
+    for subject in (reference, *subjects):
+        check_variant(subject, reference)
+    quality = Quality(reference, data, settings, cache, say)
+    rows = tuple(with_metrics(subject.row(), quality.measure(subject)) for subject in subjects)
+    return environment.result("quality", rows, quality.facts)
+
+
+def check_variant(subject: Subject, reference: Subject) -> None:
+    """Refuse random weights, and whatever the reference's distributions say nothing about."""
+    if subject.synthetic:
+        raise InputError(f"{subject.label} has random weights: its answers and its quality mean nothing")
+    ours, theirs = subject.bundle.manifest, reference.bundle.manifest
+    facts: list[tuple[str, Any, Any]] = [
+        ("family", ours.family, theirs.family),
+        ("prompt format", ours.prompt, theirs.prompt),
+        ("picture size", ours.image.size, theirs.image.size),
+        ("number of visual tokens", subject.image_tokens, reference.image_tokens),
+        ("vocabulary", _vocabulary(subject), _vocabulary(reference)),
+    ]
+    for name, mine, other in facts:
+        if mine != other:
+            told = f" ({mine}, not {other})" if isinstance(mine, (int, str)) else ""
+            raise InputError(
+                f"{subject.label} is no variant of the reference {reference.label}: its {name} is another one{told}",
+                hint="Compare bundles that were made of the same checkpoint.",
+            )
+
+
+def _vocabulary(subject: Subject) -> int:
+    tensors = subject.weights["llm"].tensors
+    return next((t.shape[-1] for t in tensors if t.name == "token_embd.weight"), 0)
+
+
+class Quality:
+    """The data, and the reference's view of it, which is computed once and kept."""
+
+    def __init__(self, reference: Subject, data: Data, settings: QualitySettings, cache: Path, say: Say) -> None:
+        self._reference = reference
+        self._data = data
+        self._settings = settings
+        self._say = say
+        self._embeddings = EmbeddingStore(cache / "embeddings")
+        files = [file.sha256 for file in reference.bundle.manifest.files]
+        facts = [
+            files,
+            reference.image_tokens,
+            data.sha256,
+            asdict(settings),
+            asdict(environment.machine())["cpu_flags"],
+        ]
+        self._folder = make_folder(cache / f"reference-{key_of([*facts, native.version()])}")
+        self._logits = LogitStore(self._folder / "logits")
+        self._cases: list[Case] = []
+        self._texts: list[str] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The settings for the record."""
+        data = {"data": self._data.source, "data_sha256": self._data.sha256, "samples": len(self._data.samples)}
+        return {**asdict(self._settings), **data, "reference": self._reference.label}
+
+    def measure(self, subject: Subject) -> dict[str, Metric]:
+        """All figures of one bundle."""
+        self._prepare()
+        groups: dict[int, list[NDArray[np.float64]]] = {}
+        with self._load(subject) as model:
+            cases = self._make_cases(model)
+            if [(c.units, c.answer) for c in cases] != [(c.units, c.answer) for c in self._cases]:
+                raise InputError(f"{subject.label} cuts the answers into other tokens than the reference")
+            progress = Progress(f"{subject.label}: answers", len(cases), self._say)
+            texts = []
+            for number, case in enumerate(cases):
+                rows = self._evaluate(model, subject, case)
+                expected = self._logits.load(number, (len(case.answer), model.engine.n_vocab))
+                if expected is None:
+                    raise LlavaEdgeError(
+                        f"the reference's logits in {self._folder} are damaged", hint="Delete that folder."
+                    )
+                groups.setdefault(case.group, []).append(scores.compare(expected, rows, case.answer))
+                if self._answers_itself(case):
+                    texts.append(self._answer(model, subject, case))
+                progress.step()
+        return {**scores.summarize([np.concatenate(parts) for parts in groups.values()]), **self._judge(texts)}
+
+    def _judge(self, texts: list[str]) -> dict[str, Metric]:
+        if not texts or self._texts is None:
+            return {}
+        found = {"same_text": scores.same_text(texts, self._texts)}
+        if self._data.captions and len(texts) > 1:
+            references = [sample.references for sample in self._data.samples[: len(texts)]]
+            found["cider_d"] = scores.captions(texts, references)
+        return found
+
+    def _prepare(self) -> None:
+        """The reference's logits and answers, those that aren't there from an earlier run."""
+        if self._cases:
+            return
+        kept = self._folder / "answers.json"
+        with self._load(self._reference) as model:
+            self._cases = self._make_cases(model)
+            missing = [n for n in range(len(self._cases)) if not self._logits.has(n)]
+            progress = Progress(f"reference {self._reference.label}: answers", len(missing), self._say)
+            for number in missing:
+                self._logits.save(number, self._evaluate(model, self._reference, self._cases[number]))
+                progress.step()
+            asked = [case for case in self._cases if self._answers_itself(case)]
+            self._texts = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+            if self._texts is None:
+                progress = Progress(f"reference {self._reference.label}: own answers", len(asked), self._say)
+                self._texts = []
+                for case in asked:
+                    self._texts.append(self._answer(model, self._reference, case))
+                    progress.step()
+                write_atomically(kept, json.dumps(self._texts, ensure_ascii=False))
+
+    def _load(self, subject: Subject) -> llava_edge.Model:
+        self._say(f"{subject.label}: quality")
+        threads = self._settings.threads
+        return llava_edge.load(subject.bundle.directory, n_threads=threads, image_tokens=subject.image_tokens)
+
+    def _make_cases(self, model: llava_edge.Model) -> list[Case]:
+        settings = self._settings
+        return make_cases(model, self._data, answer_tokens=settings.answer_tokens, chunks=settings.text_chunks)
+
+    def _answers_itself(self, case: Case) -> bool:
+        return case.asks and case.group < self._settings.own_answers
+
+    def _prefill(self, model: llava_edge.Model, subject: Subject, case: Case) -> None:
+        known = {}
+        if case.picture is not None:
+            known[str(case.picture)] = self._embeddings.get(model, subject, case.picture)
+        model.cache.prefill(case.units, known)
+
+    def _evaluate(self, model: llava_edge.Model, subject: Subject, case: Case) -> NDArray[np.float16]:
+        """Compact logits before each token of the answer, evaluated one by one as in a chat."""
+        self._prefill(model, subject, case)
+        rows = [model.cache.logits()]
+        for token in case.answer[:-1]:
+            model.cache.append(token)
+            rows.append(model.cache.logits())
+        return compact(np.stack(rows))
+
+    def _answer(self, model: llava_edge.Model, subject: Subject, case: Case) -> str:
+        """What the model says by itself, greedily."""
+        self._prefill(model, subject, case)
+        generation = Generation()
+        pieces = generate(
+            generation,
+            model.cache,
+            Sampler(SamplingParams()),
+            model.engine,
+            max_tokens=self._settings.own_answer_tokens,
+            stop_tokens=model.stop_tokens,
+            stop_texts=model.stop_texts,
+            strip_blank=model.engine.spm,
+        )
+        for _ in pieces:
+            pass
+        return generation.text.strip()

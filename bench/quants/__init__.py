@@ -1,0 +1,1 @@
+"""One checkpoint in many types: what each costs and what it saves."""

@@ -1,0 +1,113 @@
+"""Bundles of a checkpoint in other types. A part is made once, and bundles link to it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from llava_edge.bench.models import SYNTHETIC, Subject, open_subject
+from llava_edge.bench.progress import Say
+from llava_edge.bench.quants.plan import Variant
+from llava_edge.bench.record import write_atomically
+from llava_edge.bundle import MANIFEST_NAME, BundleFile, Role, open_bundle, sha256_file
+from llava_edge.convert.quantize import quantize
+from llava_edge.errors import InputError, require_extra
+
+_FLOATS = ("F16", "BF16", "F32")
+_PROBED = ("F16", "Q8_0")
+
+
+def open_reference(source: Path, work: Path, image_tokens: int | None, say: Say) -> Subject:
+    """The bundle without quantisation: the source itself, or what a conversion of the checkpoint makes of it."""
+    if (source / MANIFEST_NAME).is_file():
+        subject = open_subject(source, image_tokens)
+        manifest = subject.bundle.manifest
+        if manifest.family == SYNTHETIC:
+            raise InputError(
+                f"{source} has random weights: what quantisation costs can't be seen on it",
+                hint="`llava-edge bench speed --synthetic` compares the speed of types.",
+            )
+        for file in manifest.files:
+            if file.role in ("llm", "mmproj") and file.type not in _FLOATS:
+                raise InputError(
+                    f"{source} can't be quantised: its {file.role} is {file.type}, {' or '.join(_FLOATS)} is needed",
+                    hint="Give the checkpoint, or convert it with --llm-type F16 --mmproj-type F16.",
+                )
+        return subject
+    if not source.is_dir():
+        raise InputError(
+            f"no such bundle or checkpoint: {source}", hint="Name the directory of an F16 bundle or of a checkpoint."
+        )
+    converted = work / "reference"
+    if not (converted / MANIFEST_NAME).is_file():
+        require_extra("convert", "torch", "transformers", "safetensors")
+        from llava_edge.convert import convert_checkpoint
+
+        convert_checkpoint(source, converted, llm_type="F16", mmproj_type="F16", progress=say)
+    return open_subject(converted, image_tokens)
+
+
+class Maker:
+    """Makes bundles below ``folder`` from the reference's files."""
+
+    def __init__(self, reference: Subject, folder: Path, threads: int, say: Say) -> None:
+        self._reference = reference
+        self._parts = folder / "parts"
+        self._bundles = folder / "bundles"
+        self._threads = threads
+        self._say = say
+        for path in (self._parts, self._bundles):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def make(self, variant: Variant) -> Subject:
+        """The variant's bundle, with a manifest that says what it is."""
+        manifest = self._reference.bundle.manifest
+        types: dict[Role, str] = {"llm": variant.llm_type, "mmproj": variant.mmproj_type}
+        directory = self._bundles / variant.name
+        directory.mkdir(exist_ok=True)
+        files = []
+        for file in manifest.files:
+            kind = types.get(file.role, file.type)
+            name = f"{file.role}-{kind}.gguf" if file.role in types else Path(file.path).name
+            path = directory / name
+            _link(self._part(file, kind), path)
+            files.append(BundleFile(name, file.role, sha256_file(path), path.stat().st_size, kind))
+        # The probe tells a wrong build from a right one, and would refuse a coarse type.
+        probe = manifest.probe if variant.mmproj_type in _PROBED else None
+        made = replace(manifest, files=tuple(files), probe=probe, parity=None)
+        write_atomically(directory / MANIFEST_NAME, made.to_json())
+        label = f"{variant.llm_type} / {variant.mmproj_type}"
+        return Subject(open_bundle(directory), label, self._reference.image_tokens)
+
+    def forget(self, variants: list[Variant]) -> None:
+        """Delete bundles, and the parts that only they used."""
+        for variant in variants:
+            shutil.rmtree(self._bundles / variant.name, ignore_errors=True)
+        for kind in {variant.llm_type for variant in variants}:
+            (self._parts / f"llm-{kind}.gguf").unlink(missing_ok=True)
+
+    def _part(self, file: BundleFile, kind: str) -> Path:
+        source = self._reference.bundle.directory / file.path
+        if kind == file.type:
+            return source
+        path = self._parts / f"{file.role}-{kind}.gguf"
+        if not path.exists():
+            self._say(f"quantising {path.name}")
+            partial = path.with_suffix(".partial")
+            try:
+                quantize(source, partial, kind, threads=self._threads)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        return path
+
+
+def _link(source: Path, path: Path) -> None:
+    """A second name for a file, or a copy where the file system has no such thing."""
+    path.unlink(missing_ok=True)
+    try:
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)

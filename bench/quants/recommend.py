@@ -1,0 +1,62 @@
+"""Rules that pick a row. Each says what it asks for, so that a person can disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from llava_edge.bench.record import Recommendation, Row
+
+CLOSE, ACCEPTABLE = 1.01, 1.05
+ANSWER_TOKENS = 64
+
+
+def recommend(rows: Sequence[Row], memory_limit_bytes: int) -> tuple[Recommendation, ...]:
+    """The rules that the rows' figures allow."""
+    measured = all("perplexity_ratio" in row.metrics for row in rows)
+    timed = [row for row in rows if answer_seconds(row) is not None and "peak_memory" in row.metrics]
+    found = []
+    if measured:
+        rule = f"smallest whose perplexity on the answers is at most {CLOSE - 1:.0%} above F16's (end of its interval)"
+        found.append(_pick(rule, [row for row in rows if _ratio(row) <= CLOSE], lambda row: row.bytes))
+    if len(timed) == len(rows):
+        fits = [row for row in rows if row.metrics["peak_memory"].value <= memory_limit_bytes]
+        kept = [row for row in fits if not measured or _ratio(row) <= ACCEPTABLE]
+        rule = (
+            f"fastest answer of {ANSWER_TOKENS} tokens about a new picture in {memory_limit_bytes / 1e9:g} GB of memory"
+        )
+        rule += f", perplexity at most {ACCEPTABLE - 1:.0%} above F16's" if measured else ""
+        found.append(_pick(rule, kept, lambda row: answer_seconds(row) or 0.0))
+    if measured:
+        rule = "nothing smaller is closer to F16 (front of size and mean KL divergence)"
+        labels = ", ".join(row.label for row in pareto(rows, lambda r: r.bytes, lambda r: r.metrics["kl_mean"].value))
+        found.append(Recommendation(rule, labels))
+    return tuple(found)
+
+
+def pareto(rows: Sequence[Row], first: Callable[[Row], float], second: Callable[[Row], float]) -> list[Row]:
+    """The rows that no other row beats in one figure without losing in the other; less is better in both."""
+    front: list[Row] = []
+    for row in sorted(rows, key=lambda row: (first(row), second(row))):
+        if not front or second(row) < second(front[-1]):
+            front.append(row)
+    return front
+
+
+def answer_seconds(row: Row) -> float | None:
+    """Time to the first token and for the rest of an answer, None where it wasn't measured."""
+    rates = [
+        metric.value for name, metric in row.metrics.items() if name.startswith("tg") and metric.unit == "tokens/s"
+    ]
+    if not rates or "ttft_warm" not in row.metrics:
+        return None
+    return row.metrics["ttft_warm"].value + (ANSWER_TOKENS - 1) / rates[0]
+
+
+def _ratio(row: Row) -> float:
+    """The pessimistic end of the interval."""
+    metric = row.metrics["perplexity_ratio"]
+    return metric.interval[1] if metric.interval else metric.value
+
+
+def _pick(rule: str, rows: Sequence[Row], cost: Callable[[Row], float]) -> Recommendation:
+    return Recommendation(rule, min(rows, key=cost).label if rows else None)

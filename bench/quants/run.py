@@ -1,0 +1,177 @@
+"""The run over all types. Each finished step is a file, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llava_edge import native
+from llava_edge.bench import environment
+from llava_edge.bench.models import Subject
+from llava_edge.bench.progress import Say, duration
+from llava_edge.bench.quality.data import Data
+from llava_edge.bench.quality.measure import Quality
+from llava_edge.bench.quants.make import Maker, open_reference
+from llava_edge.bench.quants.plan import QuantsSettings, Variant, check_space
+from llava_edge.bench.quants.recommend import recommend
+from llava_edge.bench.record import Metric, Result, Row, row_from_dict, with_metrics, write_atomically
+from llava_edge.bench.speed.ceilings import matrix_rate, read_bandwidth
+from llava_edge.bench.speed.measure import measure_speed, warnings_of
+from llava_edge.errors import InputError
+
+log = logging.getLogger(__name__)
+
+WORK = "work"
+
+
+def bench_quants(
+    source: Path,
+    output: Path,
+    settings: QuantsSettings,
+    data: Data | None,
+    *,
+    image_tokens: int | None = None,
+    keep: bool = False,
+    restart: bool = False,
+    say: Say = log.info,
+) -> Result:
+    """Make and measure every variant, or what a stopped run with the same settings left to do.
+
+    Without ``data`` only size, memory and speed are measured. ``keep`` leaves the bundles in ``output``.
+
+    Raises
+    ------
+    InputError
+        A source that can't be quantised, no room, or an output that holds a run with other settings.
+    """
+    work = output / WORK
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        return _Run(source, work, settings, data, image_tokens, keep, say).run()
+    except OSError as error:
+        raise InputError(
+            f"can't write {output}: {error}", hint="Make room; what is finished is kept, the same command goes on."
+        ) from None
+
+
+class _Run:
+    def __init__(
+        self,
+        source: Path,
+        work: Path,
+        settings: QuantsSettings,
+        data: Data | None,
+        image_tokens: int | None,
+        keep: bool,
+        say: Say,
+    ) -> None:
+        self._settings, self._data, self._work, self._keep, self._say = settings, data, work, keep, say
+        self._reference = open_reference(source, work, image_tokens, say)
+        self._facts = {
+            **settings.facts(data),
+            "source": self._reference.bundle.manifest.name,
+            "image_tokens": self._reference.image_tokens,
+        }
+        self._check_same_run()
+        self._rows = work / "rows"
+        self._rows.mkdir(exist_ok=True)
+        self._maker = Maker(self._reference, work, settings.speed.threads, say)
+        self._quality = Quality(self._reference, data, settings.quality, work / "cache", say) if data else None
+        self._ceilings = self._kept_ceilings()
+
+    def run(self) -> Result:
+        variants = self._settings.variants
+        todo = [variant for variant in variants if self._kept(variant, "") is None]
+        if len(todo) < len(variants):
+            self._say(f"{len(variants) - len(todo)} of {len(variants)} are measured already")
+        if todo:
+            check_space(self._settings, self._reference, self._data, self._work, keep=self._keep)
+        started = time.monotonic()
+        for number, variant in enumerate(todo):
+            each = (time.monotonic() - started) / number if number else 0.0
+            left = f", about {duration(each * (len(todo) - number))} left" if number else ""
+            self._say(f"{variant.name}: {number + 1} of {len(todo)}{left}")
+            self._measure(variant)
+            used = [v for v in variants if v.llm_type == variant.llm_type]
+            if not self._keep and not any(self._kept(v, "") is None for v in used):
+                self._maker.forget(used)
+        if not self._keep:
+            for name in ("parts", "bundles", "cache"):
+                shutil.rmtree(self._work / name, ignore_errors=True)
+        return self._result([row for row in (self._kept(v, "") for v in variants) if row is not None])
+
+    def _measure(self, variant: Variant) -> None:
+        subject = self._maker.make(variant)
+        row = self._kept(variant, ".speed")
+        if row is None:
+            self._complete_ceilings(subject)
+            row = measure_speed(subject, self._settings.speed, self._ceilings, self._say)
+            self._save(variant, ".speed", row)
+        if self._quality is not None:
+            row = with_metrics(row, self._quality.measure(subject))
+        self._save(variant, "", row)
+
+    def _result(self, rows: list[Row]) -> Result:
+        return environment.result(
+            "quants",
+            tuple(rows),
+            self._facts,
+            ceilings=self._ceilings,
+            warnings=warnings_of(rows),
+            recommendations=recommend(rows, self._settings.memory_limit_bytes),
+        )
+
+    def _complete_ceilings(self, subject: Subject) -> None:
+        """Rates of the types that no variant before had."""
+        found, threads = dict(self._ceilings), self._settings.speed.threads
+        if "read_bandwidth" not in found:
+            found["read_bandwidth"] = read_bandwidth(threads)
+        for name in sorted(set().union(*(weights.matrix_types for weights in subject.weights.values()))):
+            if f"matrix_rate {name}" not in found:
+                found[f"matrix_rate {name}"] = matrix_rate(name, threads)
+        self._ceilings = found
+        write_atomically(self._work / "ceilings.json", json.dumps({key: asdict(m) for key, m in found.items()}))
+
+    def _kept_ceilings(self) -> dict[str, Metric]:
+        kept = _read_json(self._work / "ceilings.json") or {}
+        return {name: Metric(m["unit"], m["value"], None, tuple(m["samples"])) for name, m in kept.items()}
+
+    def _check_same_run(self) -> None:
+        """What was measured with other settings must not stand in the same table."""
+        path = self._work / "settings.json"
+        files = [file.sha256 for file in self._reference.bundle.manifest.files]
+        wanted = json.loads(json.dumps({**self._facts, "files": files, "llama_cpp": native.version()}))
+        found = _read_json(path)
+        if found is None:
+            write_atomically(path, json.dumps(wanted, indent=1))
+            return
+        for key in [*wanted, *found]:
+            if wanted.get(key) != found.get(key):
+                raise InputError(
+                    f"{self._work.parent} holds a run with other settings: its {key} is {found.get(key)}",
+                    hint="Give the same options to go on, --restart to begin anew, or another --output.",
+                )
+
+    def _kept(self, variant: Variant, step: str) -> Row | None:
+        values = _read_json(self._rows / f"{variant.name}{step}.json")
+        return None if values is None else row_from_dict(values)
+
+    def _save(self, variant: Variant, step: str, row: Row) -> None:
+        write_atomically(self._rows / f"{variant.name}{step}.json", json.dumps(asdict(row)))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise InputError(f"{path} is damaged", hint="--restart begins anew.") from None
+    return values

@@ -1,0 +1,1 @@
+"""Reports that derive from a result: tables, CSV, plots, one page of HTML."""

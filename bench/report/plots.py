@@ -1,0 +1,108 @@
+"""Plots of a result: size against quality, time against accuracy, with the front of what nothing beats."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llava_edge.bench.quants.recommend import pareto
+from llava_edge.bench.record import Metric, Result, Row
+
+_INK, _FRONT, _POINT = "#222222", "#b3541e", "#1f5f8b"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of a report. ``better`` tells in which direction the vertical axis is good."""
+
+    name: str
+    title: str
+    x_title: str
+    y_title: str
+    x: Callable[[Row], float]
+    y: str
+    better: Literal["up", "down"]
+
+    def rows(self, result: Result) -> list[Row]:
+        """The rows that have both figures."""
+        return [row for row in result.rows if self.y in row.metrics]
+
+
+def plots_of(result: Result) -> list[Plot]:
+    """The plots that the result's figures allow."""
+    names = set().union(*(row.metrics for row in result.rows)) if result.rows else set()
+    found = []
+    if "kl_mean" in names:
+        found.append(
+            Plot(
+                "size-quality",
+                "Size and quality",
+                "size, MB",
+                "mean KL divergence from F16, nats",
+                _size,
+                "kl_mean",
+                "down",
+            )
+        )
+    accuracy = next((name for name in ("cider_d", "top1_agreement") if name in names), None)
+    if accuracy and "ttft_warm" in names:
+        title = "CIDEr-D of captions" if accuracy == "cider_d" else "share of equal top tokens"
+        found.append(
+            Plot("ttft-accuracy", "Time to the first token and accuracy", "TTFT warm, s", title, _ttft, accuracy, "up")
+        )
+    return found
+
+
+def _size(row: Row) -> float:
+    return row.bytes / 1e6
+
+
+def _ttft(row: Row) -> float:
+    return row.metrics["ttft_warm"].value
+
+
+def draw(plot: Plot, result: Result, file_type: Literal["png", "svg"]) -> bytes:
+    """The figure as a file's content. Text becomes outlines in SVG, so that it looks the same everywhere."""
+    import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 10, "svg.hashsalt": "llava-edge", "text.color": _INK}):
+        figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        _fill(figure.add_subplot(), plot, plot.rows(result))
+        out = io.BytesIO()
+        figure.savefig(out, format=file_type, metadata={"Date": None} if file_type == "svg" else None)
+    return out.getvalue()
+
+
+def _fill(axes: Any, plot: Plot, rows: list[Row]) -> None:
+    sign = -1 if plot.better == "up" else 1
+    front = pareto(rows, plot.x, lambda row: sign * row.metrics[plot.y].value)
+    axes.plot([plot.x(r) for r in front], [_y(r, plot) for r in front], color=_FRONT, linewidth=1.2, label="front")
+    for row in rows:
+        low, high = _ends(row.metrics[plot.y])
+        value = _y(row, plot)
+        axes.errorbar(
+            plot.x(row), value, yerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", markersize=5,
+            capsize=2, linewidth=0.8, color=_FRONT if row in front else _POINT,
+        )  # fmt: skip
+        axes.annotate(row.label, (plot.x(row), value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(title=plot.title, xlabel=plot.x_title, ylabel=plot.y_title)
+    axes.grid(alpha=0.25)
+    axes.margins(x=0.15)
+    values = [_y(row, plot) for row in rows]
+    if plot.better == "down" and min(values) >= 0 and max(values) > 0:
+        # Types lie decades apart, and F16 at 0.
+        axes.set_yscale("symlog", linthresh=min(value for value in values if value > 0))
+        axes.set_ylim(bottom=0)
+
+
+def _y(row: Row, plot: Plot) -> float:
+    return row.metrics[plot.y].value
+
+
+def _ends(metric: Metric) -> tuple[float, float]:
+    return metric.interval or (metric.value, metric.value)

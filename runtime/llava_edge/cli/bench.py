@@ -1,0 +1,323 @@
+"""``llava-edge bench``: what a model costs in time, memory and quality, on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llava_edge.cli import debug_option, terminal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from llava_edge.bench.record import Result
+    from llava_edge.bench.speed.measure import SpeedSettings
+
+PATH = click.Path(path_type=Path)
+
+
+@click.group("bench", short_help="Measure speed, memory and what quantisation costs.")
+def bench() -> None:
+    """Measure models on this machine: speed, memory, and what quantisation costs."""
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,512") from None
+
+
+def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Names with commas between them."""
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def _options(*options: Any) -> Callable[[Any], Any]:
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_common = _options(
+    click.option("--threads", type=click.IntRange(1), help="Threads; default: one a core."),
+    click.option("--image-tokens", type=click.IntRange(1), help="Visual tokens a picture; default: the model's own."),
+    click.option("--quiet", is_flag=True, help="Show no progress."),
+    debug_option,
+)
+_outputs = _options(
+    click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON, with the raw samples."),
+    click.option("-o", "--output", metavar="FILE", type=PATH, help="Keep the record, for `bench compare`."),
+)
+_speed_options = _options(
+    click.option(
+        "--pp", "prompt_tokens", type=click.IntRange(1), default=512, show_default=True, help="Prompt length."
+    ),
+    click.option("--tg", "answer_tokens", type=click.IntRange(1), default=64, show_default=True, help="Answer length."),
+    click.option(
+        "--depth",
+        "depths",
+        metavar="N,N…",
+        callback=_numbers,
+        default="0,512",
+        show_default=True,
+        help="Where answers begin.",
+    ),
+    click.option("--cold-starts", type=click.IntRange(0), default=3, show_default=True, help="Fresh processes."),
+    click.option("--repetitions", type=click.IntRange(1), default=30, show_default=True, help="The most samples."),
+    click.option(
+        "--max-seconds", type=click.FloatRange(0.01), default=10, show_default=True, help="The most time a figure."
+    ),
+)
+
+
+def _settings(
+    threads: int | None,
+    prompt_tokens: int,
+    answer_tokens: int,
+    depths: tuple[int, ...],
+    cold_starts: int,
+    repetitions: int,
+    max_seconds: float,
+) -> SpeedSettings:
+    from llava_edge import native
+    from llava_edge.bench.speed.measure import SpeedSettings
+    from llava_edge.bench.speed.repeat import Limits
+
+    limits = Limits(min(6, repetitions), repetitions, max_seconds)
+    used = threads or native.default_threads()
+    return SpeedSettings(used, prompt_tokens, answer_tokens, depths, cold_starts, limits)
+
+
+@bench.command()
+@click.argument("bundles", nargs=-1, metavar="[BUNDLE]…")
+@click.option(
+    "--synthetic", "shapes", multiple=True, metavar="SHAPE", help="Random weights of a shape; again for more."
+)
+@click.option("--types", callback=_names, default="Q4_K_M", show_default=True, help="Of synthetic language models.")
+@click.option("--mmproj-type", metavar="TYPE", default="F16", show_default=True, help="Of synthetic vision towers.")
+@_speed_options
+@_outputs
+@_common
+def speed(
+    bundles: tuple[str, ...],
+    shapes: tuple[str, ...],
+    types: tuple[str, ...],
+    mmproj_type: str,
+    image_tokens: int | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Load, encode, prefill, decode, time to the first token and memory of each BUNDLE (default: nano).
+
+    With --synthetic a model of a known shape with random weights is made and measured, so that speed is known before
+    a download: llava-1.5-7b, llava-1.5-13b, llava-1.6-mistral-7b, mobilevlm-1.7b, mobilevlm-3b, nano.
+
+    The machine's own rates of reading memory and of matrix products are measured in the same run, and the share of
+    them that the model reaches is shown (MBU, MFU).
+
+    \b
+    llava-edge bench speed nano --depth 0,1024
+    llava-edge bench speed --synthetic llava-1.5-7b --types Q4_K_M,Q4_0
+    """
+    from contextlib import ExitStack
+
+    from llava_edge.bench.models import open_subject, open_subjects
+    from llava_edge.bench.speed.measure import bench_speed
+    from llava_edge.bench.speed.shapes import find_shape
+    from llava_edge.bench.speed.synthetic import synthetic_bundle
+
+    _check_output(output)
+    names = list(bundles) or ([] if shapes else ["nano"])
+    asked = [(find_shape(shape), _llm_type(kind)) for shape in shapes for kind in types]
+    subjects, settings = open_subjects(names, image_tokens), _settings(**options)
+    with ExitStack() as stack:
+        for shape, kind in asked:
+            folder = stack.enter_context(synthetic_bundle(shape, kind, mmproj_type, _say(quiet)))
+            subjects.append(open_subject(folder, image_tokens))
+        result = bench_speed(subjects, settings, _say(quiet))
+    _show(result, as_json, output)
+
+
+_data_options = _options(
+    click.option("--data", metavar="FILE", type=PATH, help="Samples: LLaVA's JSON, captions, or a text (.txt)."),
+    click.option("--images", metavar="DIR", type=PATH, help="Where its pictures are; default: beside it."),
+    click.option("--split", default="dev", show_default=True, help="The part of a caption file."),
+    click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="The most samples."),
+)
+
+
+@bench.command()
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE…")
+@click.option("--reference", required=True, metavar="BUNDLE", help="What the others are compared with, F16 as a rule.")
+@_data_options
+@click.option("--answer-tokens", type=click.IntRange(1), default=64, show_default=True, help="Scored of each answer.")
+@click.option("--cache", metavar="DIR", type=PATH, help="Where reference logits are kept; default: with other caches.")
+@_outputs
+@_common
+def quality(
+    bundles: tuple[str, ...],
+    reference: str,
+    data: Path | None,
+    images: Path | None,
+    split: str,
+    limit: int,
+    answer_tokens: int,
+    cache: Path | None,
+    threads: int | None,
+    image_tokens: int | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """How far each BUNDLE is from the reference on answers given pictures.
+
+    KL divergence, agreement of the most likely token and perplexity along the known answers of the data, and the
+    models' own answers, each with a 95 % interval over pictures. What the reference says is kept on disk.
+
+    \b
+    llava-edge bench quality my-Q4_K_M --reference my-F16 --data captions.json --images pictures
+    """
+    from llava_edge import native
+    from llava_edge.bench.models import open_subject, open_subjects
+    from llava_edge.bench.quality.data import read_data
+    from llava_edge.bench.quality.measure import QualitySettings, bench_quality
+    from llava_edge.vision.selfcheck import cache_dir
+
+    _check_output(output)
+    if data is None:
+        raise click.UsageError("quality needs --data: answers that are known")
+    subjects, base = open_subjects(list(bundles), image_tokens), open_subject(reference, image_tokens)
+    settings = QualitySettings(threads or native.default_threads(), answer_tokens, text_chunks=limit)
+    samples = read_data(data, images, split=split, limit=limit)
+    result = bench_quality(subjects, base, samples, settings, cache or cache_dir() / "bench", _say(quiet))
+    _show(result, as_json, output)
+
+
+@bench.command()
+@click.argument("source", type=PATH)
+@click.option("-o", "--output", required=True, metavar="DIR", type=PATH, help="Where the report goes.")
+@click.option("--types", callback=_names, help="Of the language model; default: nine from F16 to Q2_K.")
+@click.option("--mmproj-types", callback=_names, default="Q8_0", show_default=True, help="Of the vision tower.")
+@_data_options
+@click.option("--memory-limit", type=click.FloatRange(0, min_open=True), default=4, show_default=True, help="In GB.")
+@click.option("--keep", is_flag=True, help="Keep the bundles that were made.")
+@click.option("--restart", is_flag=True, help="Forget what a stopped run has measured.")
+@_speed_options
+@click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON, with the raw samples.")
+@_common
+def quants(
+    source: Path,
+    output: Path,
+    types: tuple[str, ...],
+    mmproj_types: tuple[str, ...],
+    data: Path | None,
+    images: Path | None,
+    split: str,
+    limit: int,
+    memory_limit: float,
+    keep: bool,
+    restart: bool,
+    as_json: bool,
+    image_tokens: int | None,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """What each type costs: SOURCE, an F16 bundle or a checkpoint, is made in every type and measured.
+
+    Speed and memory, and with --data quality on answers given pictures. The report in --output is a table with plots
+    as Markdown, CSV, JSON and one page of HTML. A run that was stopped goes on with the same command.
+
+    \b
+    llava-edge bench quants my-F16 -o report --data captions.json --images pictures
+    """
+    from llava_edge.errors import require_extra
+
+    require_extra("bench", "matplotlib")
+    from llava_edge.bench.quality.data import read_data
+    from llava_edge.bench.quality.measure import QualitySettings
+    from llava_edge.bench.quants.plan import DEFAULT_TYPES, QuantsSettings
+    from llava_edge.bench.quants.run import bench_quants
+    from llava_edge.bench.report.files import write_report
+
+    measured = _settings(**options)
+    settings = QuantsSettings(
+        types or DEFAULT_TYPES,
+        mmproj_types,
+        measured,
+        QualitySettings(measured.threads, text_chunks=limit),
+        int(memory_limit * 1e9),
+    )
+    samples = read_data(data, images, split=split, limit=limit) if data else None
+    if samples is None:
+        terminal.note("warning: without --data nothing tells what the types cost in quality")
+    try:
+        result = bench_quants(
+            source, output, settings, samples, image_tokens=image_tokens, keep=keep, restart=restart, say=_say(quiet)
+        )
+    except KeyboardInterrupt:
+        terminal.note("stopped: the same command goes on from here")
+        raise
+    written = write_report(result, output, f"What quantisation costs: {result.rows[0].name}")
+    if not quiet:
+        terminal.note(f"written: {', '.join(map(str, written))}")
+    _show(result, as_json, None)
+
+
+@bench.command()
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
+@debug_option
+def compare(first: Path, second: Path, as_json: bool) -> None:
+    """Two results side by side, with the ratio of SECOND to FIRST and its interval.
+
+    What else differs (machine, settings, files) is pointed out on stderr.
+    """
+    import json
+
+    from llava_edge.bench.record import read_result
+    from llava_edge.bench.report import compare as comparing
+
+    compared = comparing.compare(read_result(first), read_result(second))
+    for difference in compared.differences:
+        terminal.note(f"warning: not the same {difference}")
+    terminal.data(json.dumps(compared.to_dict()) + "\n" if as_json else comparing.markdown(compared))
+
+
+def _llm_type(name: str) -> str:
+    from llava_edge.bench.models import LLM_TYPES
+    from llava_edge.convert.quantize import check_type
+
+    return check_type(name, LLM_TYPES)
+
+
+def _say(quiet: bool) -> Any:
+    return (lambda _line: None) if quiet else terminal.note
+
+
+def _check_output(output: Path | None) -> None:
+    """Before hours of work, not after them."""
+    from llava_edge.errors import InputError
+
+    if output is not None and (not output.parent.is_dir() or output.is_dir()):
+        raise InputError(f"can't write {output}", hint="Name a file in a directory that exists.")
+
+
+def _show(result: Result, as_json: bool, output: Path | None) -> None:
+    from llava_edge.bench.record import write_atomically
+    from llava_edge.bench.report import text
+
+    if output is not None:
+        write_atomically(output, result.to_json())
+    for warning in result.warnings:
+        terminal.note(f"warning: {warning}")
+    terminal.data(result.to_json() if as_json else text.summary(result))

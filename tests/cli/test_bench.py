@@ -1,0 +1,42 @@
+"""``llava-edge bench`` as a person runs it."""
+
+from __future__ import annotations
+
+import json
+
+QUICK = ("--pp", "16", "--tg", "4", "--depth", "0", "--repetitions", "2", "--cold-starts", "0", "--threads", "1")
+
+
+def test_speed_prints_a_table_and_keeps_the_record(run, tiny_bundle, tmp_path):
+    result = run("bench", "speed", tiny_bundle, *QUICK, "-o", "speed.json")
+    assert result.code == 0, result.err
+    assert result.out.startswith("| model")
+    assert "tiny F32/F32: encode" in result.err
+    assert json.loads((tmp_path / "speed.json").read_text())["kind"] == "speed"
+
+
+def test_quiet_and_json_leave_nothing_but_the_record(run, tiny_bundle):
+    result = run("bench", "speed", tiny_bundle, *QUICK, "--quiet", "--json")
+    assert json.loads(result.out)["rows"][0]["metrics"]["pp16"]["unit"] == "tokens/s"
+    assert not [line for line in result.err.splitlines() if not line.startswith("warning: ")]
+
+
+def test_bad_input_is_one_line_before_anything_is_measured(run, tiny_bundle):
+    for args, words in (
+        (("speed", "nanoo"), "no model 'nanoo'"),
+        (("speed", tiny_bundle, "--image-tokens", "5"), "image_tokens is 5"),
+        (("speed", tiny_bundle, "-o", "missing/x.json"), "can't write missing"),
+    ):
+        result = run("bench", *args, *QUICK)
+        assert result.code == 1
+        assert words in result.err.splitlines()[0]
+        assert result.out == ""
+    assert run("bench", "speed", tiny_bundle, "--depth", "0,x").code == 2
+
+
+def test_quality_says_what_is_missing(run, tiny_bundle):
+    result = run("bench", "quality", tiny_bundle, "--reference", tiny_bundle)
+    assert result.code == 2
+    assert "--data" in result.err
+    result = run("bench", "quality", tiny_bundle, "--reference", tiny_bundle, "--data", "gone.json")
+    assert (result.code, result.err.splitlines()[0]) == (1, "error: no such file: gone.json")
