@@ -95,6 +95,12 @@ def open_image(source: ImageSource, *, pad_color: tuple[int, int, int] = (255, 2
     return _decode(_read_file(path), str(path), pad_color)
 
 
+def read(source: ImageSource, spec: ImageSpec | None, pad_color: tuple[int, int, int]) -> Image.Image:
+    """Open a picture as :func:`open_image` does, and :func:`fit` it if the tower wants one size."""
+    image = open_image(source, pad_color=pad_color)
+    return image if spec is None else fit(image, spec)
+
+
 def content_hash(image: Image.Image) -> str:
     """SHA-256 over the size and the pixels of an RGB picture, as 64 hexadecimal digits."""
     digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode())

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from llava_edge import images
 from llava_edge.bundle import Bundle, resolve_model
 from llava_edge.engine import Engine, check_gguf
 from llava_edge.errors import InputError, ModelError
+from llava_edge.generate import TokenLoop
 from llava_edge.kv_cache import KvCache
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
 from llava_edge.vision import EncodedImage
@@ -23,10 +25,12 @@ from llava_edge.vision.tokens import pool, pooled_counts
 if TYPE_CHECKING:
     from PIL import Image
 
+    from llava_edge.bundle import VisualTokens
     from llava_edge.chat_template import TemplateFormat
-    from llava_edge.generate import Generation
+    from llava_edge.generate import Chooser, Generation
     from llava_edge.images import ImageSource
     from llava_edge.session import ChatSession
+    from llava_edge.types import ImageSpec
     from llava_edge.vision.mtmd import MtmdEncoder
 
 log = logging.getLogger(__name__)
@@ -45,6 +49,7 @@ def load(
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
     image_tokens: int | None = None,
+    n_seq_max: int = 1,
     verbose: bool = False,
 ) -> Model:
     """Load a model.
@@ -63,6 +68,8 @@ def load(
         Layers of the language model on the GPU, -1 is all; None is all where llama.cpp was built for a GPU.
     image_tokens
         Tokens of a picture, for bundles; None is the manifest's default.
+    n_seq_max
+        Conversations that the KV cache holds side by side, each with a context of its own; a chat uses the first.
     verbose
         Log at level DEBUG what llama.cpp says (logger ``llava_edge.native``).
 
@@ -72,7 +79,8 @@ def load(
         No such model, a damaged file, or parts that don't belong together.
     """
     started = time.perf_counter()
-    for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("image_tokens", image_tokens)):
+    counts = {"n_ctx": n_ctx, "n_threads": n_threads, "image_tokens": image_tokens, "n_seq_max": n_seq_max}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
     if verbose:
@@ -80,7 +88,7 @@ def load(
     parts = _raw_pair(model, llm, mmproj) if llm or mmproj else _bundle_parts(model or DEFAULT_MODEL, image_tokens)
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
-    engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_seq_max=n_seq_max)
     try:
         return Model(engine, parts, started)
     except BaseException:
@@ -157,6 +165,20 @@ class Model:
 
         return ChatSession(self, system)
 
+    def token_loop(
+        self, generation: Generation, sampler: Chooser, max_tokens: int, stop: Sequence[str] = ()
+    ) -> TokenLoop:
+        """The loop of an answer, with what ends one in this model."""
+        return TokenLoop(
+            generation,
+            sampler,
+            self.engine,
+            max_tokens=max_tokens,
+            stop_tokens=self.stop_tokens,
+            stop_texts=(*self.stop_texts, *stop),
+            strip_blank=self.engine.spm,
+        )
+
     def describe(self) -> dict[str, Any]:
         """What this model is made of and how it runs, for people."""
         return {
@@ -169,41 +191,62 @@ class Model:
             "image_tokens": self.image_tokens,
         }
 
+    @property
+    def picture_settings(self) -> tuple[ImageSpec | None, tuple[int, int, int]]:
+        """What pictures are fitted to, None for a raw pair, and what shows through where they are transparent."""
+        if self._parts.bundle is None:
+            return None, (255, 255, 255)
+        spec = self._parts.bundle.manifest.image
+        return spec, spec.pad_color
+
+    @property
+    def visual_tokens(self) -> VisualTokens | None:
+        """What the manifest says of a picture's tokens; None for a raw pair."""
+        return None if self._parts.bundle is None else self._parts.bundle.manifest.visual_tokens
+
     def open_picture(self, source: ImageSource, number: int = 1) -> Picture:
         """Read a picture under limits and bring it to the tower's size; ImageError says what is wrong with it."""
         name = Path(source).name if isinstance(source, (str, os.PathLike)) else f"image {number}"
-        if self._parts.bundle is None:
-            image = images.open_image(source)
-        else:
-            spec = self._parts.bundle.manifest.image
-            image = images.fit(images.open_image(source, pad_color=spec.pad_color), spec)
+        image = images.read(source, *self.picture_settings)
         return Picture(name, images.content_hash(image), image)
 
-    def encode(self, picture: Picture) -> EncodedImage:
-        """The picture as the language model reads it. A picture is encoded once."""
-        encoded = self._encoded.get(picture.key)
+    def encode(self, picture: Picture, image_tokens: int | None = None) -> EncodedImage:
+        """The picture as the language model reads it. A picture is encoded once.
+
+        ``image_tokens`` is the number of its tokens, if it is not the model's ``image_tokens``; bundles only.
+        """
+        key = self._encoded_key(picture, image_tokens)
+        encoded = self._encoded.get(key)
         if encoded is None:
-            encoded = self._encode(picture)
-            self._encoded[picture.key] = encoded
+            encoded = self._encode(picture, key, image_tokens or self.image_tokens)
+            self._encoded[key] = encoded
             while len(self._encoded) > 1 and sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES:
                 self._encoded.popitem(last=False)
-        self._encoded.move_to_end(picture.key)
+        self._encoded.move_to_end(key)
         return encoded
 
-    def _encode(self, picture: Picture) -> EncodedImage:
+    def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
+        """Whether :meth:`encode` would find the embeddings in memory."""
+        return self._encoded_key(picture, image_tokens) in self._encoded
+
+    def _encoded_key(self, picture: Picture, image_tokens: int | None) -> str:
+        default = image_tokens in (None, self.image_tokens)
+        return picture.key if default else f"{picture.key}-{image_tokens}"
+
+    def _encode(self, picture: Picture, key: str, image_tokens: int | None) -> EncodedImage:
         encoder = self._load_encoder()
-        if self._parts.bundle is None or self.image_tokens is None:
-            encoded = EncodedImage(picture.key, encoder.encode_chunks(picture.image))
+        tokens = self.visual_tokens
+        if tokens is None or image_tokens is None:
+            encoded = EncodedImage(key, encoder.encode_chunks(picture.image))
             if self._template is not None:
                 self._template.marked_images = encoded.marked
             return encoded
-        tokens = self._parts.bundle.manifest.visual_tokens
         (embeddings,) = encoder.encode([picture.image])
         if len(embeddings) != tokens.full:
             raise ModelError(
                 f"the vision tower gives {len(embeddings)} tokens a picture; the manifest says {tokens.full}"
             )
-        return EncodedImage.of(picture.key, pool(embeddings, tokens.grid, self.image_tokens))
+        return EncodedImage.of(key, pool(embeddings, tokens.grid, image_tokens))
 
     def _load_encoder(self) -> MtmdEncoder:
         if self._encoder is None:
