@@ -83,6 +83,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        self.n_seq_max = n_seq_max
         self._past = [0] * n_seq_max
         self._batches = Batches(self._library, self.n_batch, n_seq_max)
 
@@ -103,9 +104,10 @@ class Engine:
         return self._model
 
     @property
-    def _vocab(self) -> Any:
+    def vocab_pointer(self) -> Any:
+        """llama.cpp's vocabulary, for its grammars."""
         self._check_open()
-        return self._vocab_pointer
+        return self._vocab
 
     # The tokenizer
 
@@ -115,7 +117,7 @@ class Engine:
         room = len(data) + 8
         while True:
             ids = (ctypes.c_int32 * room)()
-            found = self._library.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
+            found = self._library.llama_tokenize(self.vocab_pointer, data, len(data), ids, room, False, special)
             if found >= 0:
                 return list(ids[:found])
             if found == -(1 << 31):
@@ -127,19 +129,19 @@ class Engine:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            length = self._library.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            length = self._library.llama_token_to_piece(self.vocab_pointer, token, buffer, room, 0, False)
             if length >= 0:
                 return buffer.raw[:length]
             room = -length
 
     def token_text(self, token: int) -> str:
         """The token's entry in the vocabulary."""
-        raw: bytes = self._library.llama_vocab_get_text(self._vocab, token) or b""
+        raw: bytes = self._library.llama_vocab_get_text(self.vocab_pointer, token) or b""
         return raw.decode("utf-8", "replace")
 
     def is_end(self, token: int) -> bool:
         """Whether the vocabulary says that this token ends an answer."""
-        return bool(self._library.llama_vocab_is_eog(self._vocab, token))
+        return bool(self._library.llama_vocab_is_eog(self.vocab_pointer, token))
 
     def is_control(self, token: int) -> bool:
         """Whether this token stands for structure, not for text."""
@@ -156,19 +158,19 @@ class Engine:
     @property
     def bos(self) -> str:
         """Text of the token that begins every prompt, empty if the model has none."""
-        wanted = self._library.llama_vocab_get_add_bos(self._vocab)
-        return self.token_text(self._library.llama_vocab_bos(self._vocab)) if wanted else ""
+        wanted = self._library.llama_vocab_get_add_bos(self.vocab_pointer)
+        return self.token_text(self._library.llama_vocab_bos(self.vocab_pointer)) if wanted else ""
 
     @property
     def eos(self) -> str:
         """Text of the token that ends a text, empty if the model has none."""
-        token = self._library.llama_vocab_eos(self._vocab)
+        token = self._library.llama_vocab_eos(self.vocab_pointer)
         return self.token_text(token) if token >= 0 else ""
 
     @property
     def spm(self) -> bool:
         """Whether the vocabulary is SentencePiece's, whose words begin with their blank."""
-        return bool(self._library.llama_vocab_type(self._vocab) == _SPM)
+        return bool(self._library.llama_vocab_type(self.vocab_pointer) == _SPM)
 
     @property
     def chat_template(self) -> str | None:
@@ -287,14 +289,14 @@ class Engine:
             raise EngineError(f"the state of sequence {seq} does not fit {len(buffer)} bytes")
 
     def restore_state(self, seq: int, buffer: Any, n_past: int) -> None:
-        """Put what :meth:`save_state` copied, with ``n_past`` positions, in place of what a sequence holds."""
+        """Put the first ``n_past`` positions of what :meth:`save_state` copied in place of what a sequence holds."""
         self._check_open()
         self.truncate(0, seq)
         restore = self._library.llama_state_seq_set_data
         if self.worker.run(lambda: restore(self._context, buffer, len(buffer), seq)) != len(buffer):
             self.truncate(0, seq)
             raise EngineError(f"the state of {len(buffer)} bytes does not belong to this model")
-        self._past[seq] = n_past
+        self.truncate(n_past, seq)
 
     def _decode_in_batches(self, count: int, logits: bool, seq: int, make: Callable[[int, int, bool], Any]) -> None:
         self._check_open()
@@ -333,8 +335,8 @@ class Engine:
             )
         if library.llama_model_has_encoder(self._model) or not library.llama_model_has_decoder(self._model):
             raise ModelError(f"{self.path} is not a decoder-only language model")
-        self._vocab_pointer = library.llama_model_get_vocab(self._model)
-        self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab_pointer)
+        self._vocab = library.llama_model_get_vocab(self._model)
+        self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = library.llama_model_n_embd_inp(self._model)
         self.n_ctx_train: int = library.llama_model_n_ctx_train(self._model)
         self.uses_mrope: bool = library.llama_model_rope_type(self._model) in (_MROPE, _IMROPE)
@@ -365,7 +367,7 @@ class Engine:
         self.n_batch: int = library.llama_n_batch(self._context)
 
     def _attributes(self, token: int) -> int:
-        return int(self._library.llama_vocab_get_attr(self._vocab, token))
+        return int(self._library.llama_vocab_get_attr(self.vocab_pointer, token))
 
     def _check_open(self) -> None:
         if not self._model:

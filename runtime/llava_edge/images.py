@@ -37,7 +37,7 @@ _TARGET_PIXELS = 4_000_000
 
 # First bytes, Pillow's module and class. The class is called directly: Image.open would load every plug-in, and
 # report large pictures through the warnings of the whole process.
-_READERS = (
+READERS = (
     (b"\xff\xd8\xff", "JpegImagePlugin", "JpegImageFile"),
     (b"\x89PNG\r\n\x1a\n", "PngImagePlugin", "PngImageFile"),
     (b"RIFF", "WebPImagePlugin", "WebPImageFile"),
@@ -175,7 +175,7 @@ def _read_file(path: Path) -> bytes:
 
 def _reader(start: bytes, name: str) -> tuple[str, str]:
     """Pillow's module and class for a file that starts with these bytes."""
-    for magic, module, reader in _READERS:
+    for magic, module, reader in READERS:
         if start.startswith(magic) and (magic != b"RIFF" or start[8:12] == b"WEBP"):
             return module, reader
     raise ImageError(f"{name} is not a picture that can be read", hint=f"Supported formats: {', '.join(FORMATS)}.")

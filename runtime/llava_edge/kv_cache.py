@@ -50,6 +50,11 @@ class KvCache:
         self._entries: list[Entry] = []
 
     @property
+    def entries(self) -> Sequence[Entry]:
+        """What is in the cache, and where each unit ends."""
+        return self._entries
+
+    @property
     def units(self) -> tuple[Unit, ...]:
         """What is in the cache."""
         return tuple(entry.unit for entry in self._entries)
@@ -83,7 +88,7 @@ class KvCache:
     def prefill_steps(
         self, units: Sequence[Unit], images: Mapping[str, EncodedImage]
     ) -> Generator[None, None, Prefill]:
-        """The same as :meth:`prefill`, which pauses after every batch. Closing it leaves whole units in the cache."""
+        """The same as :meth:`prefill`, with a pause between batches. Closing it leaves whole units in the cache."""
         sizes = [len(u.ids) if isinstance(u, TokenRun) else images[u.key].n_tokens for u in units]
         needed = sum(sizes)
         if needed >= self._engine.n_ctx:
@@ -93,6 +98,8 @@ class KvCache:
             )
         kept = self._keep(self._common(units))
         for index, unit in enumerate(units[kept:], kept):
+            if index > kept:
+                yield
             yield from self._evaluate(unit, images, last=index == len(units) - 1)
         image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
         return Prefill(needed, sum(sizes[:kept]), image)
@@ -114,9 +121,9 @@ class KvCache:
         """Forget everything."""
         self._keep(0)
 
-    def save(self) -> SavedCache | None:
-        """A copy of what is in the cache, None if nothing is."""
-        return SavedCache(tuple(self._entries), self._engine, self.seq) if self._entries else None
+    def save(self) -> SavedCache:
+        """A copy of what is in the cache."""
+        return SavedCache(tuple(self._entries), self._engine, self.seq)
 
     def restore(self, saved: SavedCache) -> None:
         """Replace what is in the cache by a copy."""
@@ -153,19 +160,23 @@ class KvCache:
 
     def _evaluate_tokens(self, ids: Sequence[int], last: bool) -> Iterator[None]:
         for piece in self._pieces(len(ids)):
+            if piece.start:
+                yield
             self._engine.decode_tokens(ids[piece], logits=last and piece.stop == len(ids), seq=self.seq)
-            yield
 
     def _evaluate_image(self, image: EncodedImage, last: bool) -> Iterator[None]:
         for index, chunk in enumerate(image.chunks):
             logits = last and index == len(image.chunks) - 1
+            if index:
+                yield
             if chunk.embeddings is None:
                 yield from self._evaluate_tokens(chunk.tokens, logits)
             elif chunk.positions is None and chunk.causal:
                 for piece in self._pieces(chunk.n_tokens):
+                    if piece.start:
+                        yield
                     wanted = logits and piece.stop == chunk.n_tokens
                     self._engine.decode_embeddings(chunk.embeddings[piece], logits=wanted, seq=self.seq)
-                    yield
             else:
                 self._engine.decode_embeddings(
                     chunk.embeddings,
@@ -175,7 +186,6 @@ class KvCache:
                     logits=logits,
                     seq=self.seq,
                 )
-                yield
 
     def _pieces(self, count: int) -> Iterator[slice]:
         """The places at which the engine would cut a run itself."""
@@ -200,7 +210,7 @@ class SavedCache:
 
     def load(self, engine: Engine, seq: int) -> None:
         """Put the copy into a sequence of the engine's cache."""
-        engine.restore_state(seq, self._state, self.entries[-1].end)
+        engine.restore_state(seq, self._state, self.entries[-1].end if self.entries else 0)
 
 
 def common_units(held: Sequence[Unit], units: Sequence[Unit]) -> int:

@@ -215,7 +215,7 @@ class Model:
 
         ``image_tokens`` is the number of its tokens, if it is not the model's ``image_tokens``; bundles only.
         """
-        key = self._encoded_key(picture, image_tokens)
+        key = self.encoded_key(picture, image_tokens)
         encoded = self._encoded.get(key)
         if encoded is None:
             encoded = self._encode(picture, key, image_tokens or self.image_tokens)
@@ -227,9 +227,10 @@ class Model:
 
     def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
         """Whether :meth:`encode` would find the embeddings in memory."""
-        return self._encoded_key(picture, image_tokens) in self._encoded
+        return self.encoded_key(picture, image_tokens) in self._encoded
 
-    def _encoded_key(self, picture: Picture, image_tokens: int | None) -> str:
+    def encoded_key(self, picture: Picture, image_tokens: int | None = None) -> str:
+        """The key of what :meth:`encode` gives."""
         default = image_tokens in (None, self.image_tokens)
         return picture.key if default else f"{picture.key}-{image_tokens}"
 

@@ -20,6 +20,7 @@ from llava_edge.errors import LlavaEdgeError
 # name -> (module:attribute, the line in the list of commands)
 COMMANDS = {
     "chat": ("llava_edge.cli.chat:chat", "Ask about pictures: one question, or a conversation."),
+    "serve": ("llava_edge.cli.serve:serve", "Answer programs (OpenAI's protocol) and people (a web page)."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),

@@ -140,7 +140,7 @@ def check_model_choice(options: dict[str, Any]) -> None:
         )
 
 
-def load_model(options: dict[str, Any]) -> Model:
+def load_model(options: dict[str, Any], n_seq_max: int = 1) -> Model:
     """Load what the model options name."""
     import llava_edge
 
@@ -152,6 +152,7 @@ def load_model(options: dict[str, Any]) -> Model:
         n_threads=options["threads"],
         n_gpu_layers=options["n_gpu_layers"],
         image_tokens=options["image_tokens"],
+        n_seq_max=n_seq_max,
         verbose=log.isEnabledFor(logging.DEBUG),
     )
 
