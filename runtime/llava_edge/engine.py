@@ -98,6 +98,11 @@ class Engine:
         self.worker.close()
 
     @property
+    def stop_wanted(self) -> bool:
+        """Whether the evaluation that runs now has been asked to end, by ``stopping`` or Ctrl-C."""
+        return self.stopping or self.worker.aborting
+
+    @property
     def model_pointer(self) -> Any:
         """llama.cpp's model, for its vision library."""
         self._check_open()
@@ -353,7 +358,7 @@ class Engine:
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = n_seq_max == 1
         params.no_perf = True
-        self._abort = library.ggml_abort_callback(lambda _data: self.stopping or self.worker.aborting)
+        self._abort = library.ggml_abort_callback(lambda _data: self.stop_wanted)
         params.abort_callback = self._abort
         native.forget_errors()
         self._context = self.worker.run(functools.partial(library.llama_init_from_model, self._model, params))

@@ -51,6 +51,14 @@ _MEBIBYTE = 1024 * 1024
     show_default=True,
     help="Seconds that a request may take, waiting included.",
 )
+@click.option(
+    "--grace",
+    metavar="S",
+    type=click.FloatRange(0),
+    default=10,
+    show_default=True,
+    help="Seconds that running answers get when the server is stopped.",
+)
 @click.option("--api-key-file", metavar="FILE", type=click.Path(path_type=Path), help="Keys that are let in, by line.")
 @click.option("--cors-origin", "cors", metavar="URL", multiple=True, help="Pages of this site may use the server.")
 @click.option("--allow-image-urls", is_flag=True, help="Fetch pictures by http(s) from public addresses.")
@@ -86,6 +94,7 @@ def serve(
     parallel: int,
     queue: int,
     timeout: float,
+    grace: float,
     api_key_file: Path | None,
     cors: tuple[str, ...],
     allow_image_urls: bool,
@@ -112,6 +121,7 @@ def serve(
         parallel=parallel,
         queue=queue,
         timeout_seconds=timeout,
+        grace_seconds=grace,
         max_body_bytes=max_body * _MEBIBYTE,
         exact=batching == "exact",
         access=access,

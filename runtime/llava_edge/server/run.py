@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 from types import FrameType
 
@@ -28,7 +29,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
+        # Unlike uvicorn's own, it does not note the signal to raise it again at the end: to stop a server is no error.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._service.begin_close)
 
