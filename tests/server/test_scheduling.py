@@ -21,7 +21,12 @@ import llava_edge
 
 from .conftest import Server, answer, question
 
-LONG = {"max_tokens": 400, "temperature": 2.0, "extra_body": {"top_k": 0, "min_p": 0.0}, "top_p": 1.0}
+# An answer that can't end soon, whatever the random weights say.
+_NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 512}
+LONG: dict[str, Any] = {
+    "max_tokens": 1900,
+    "response_format": {"type": "json_schema", "json_schema": {"name": "numbers", "schema": _NUMBERS}},
+}
 
 
 def get(server: Server, path: str) -> str:
@@ -101,7 +106,7 @@ def test_a_client_that_leaves_frees_its_place(tiny_server: Server, stream: bool)
     before = metric(tiny_server, "llava_edge_cancelled_total")
     connection = post(
         tiny_server,
-        {"messages": [question("Hello")], "stream": stream, "max_tokens": 450, "temperature": 5, "top_k": 0},
+        {"messages": [question("Hello")], "stream": stream, **LONG},
     )
     wait_for(lambda: metric(tiny_server, "llava_edge_running") == 1)
     connection.close()
@@ -157,7 +162,7 @@ def test_a_full_queue_sends_away(serve: Callable[..., Server], tiny_bundle: Path
 
 def test_an_answer_that_takes_too_long_ends(serve: Callable[..., Server], tiny_bundle: Path) -> None:
     server = serve("--model", tiny_bundle, "--parallel", 1, "--threads", 1, "--timeout", 0.2)
-    options: dict[str, Any] = {"model": "tiny", "messages": [question("Hello")], **LONG, "max_tokens": 1900}
+    options: dict[str, Any] = {"model": "tiny", "messages": [question("Hello")], **LONG}
     with pytest.raises(openai.APIStatusError, match="longer than the server allows") as caught:
         server.client().chat.completions.create(**options)
     assert caught.value.status_code == 504
@@ -167,7 +172,7 @@ def test_an_answer_that_takes_too_long_ends(serve: Callable[..., Server], tiny_b
 
 
 def test_health_answers_while_an_answer_is_computed(tiny_server: Server) -> None:
-    connection = post(tiny_server, {"messages": [question("Hello")], "max_tokens": 450, "temperature": 5, "top_k": 0})
+    connection = post(tiny_server, {"messages": [question("Hello")], **LONG})
     wait_for(lambda: metric(tiny_server, "llava_edge_running") == 1)
     assert json.loads(get(tiny_server, "/health")) == {"status": "ok"}
     connection.close()
@@ -185,8 +190,8 @@ def test_a_stop_finishes_what_runs_and_ends(serve: Callable[..., Server], tiny_b
 
 
 def test_a_stop_gives_up_what_takes_too_long(serve: Callable[..., Server], tiny_bundle: Path) -> None:
-    server = serve("--model", tiny_bundle, "--parallel", 1, "--threads", 1, "--n-ctx", 60_000, "--grace", 0.3)
-    body = {"messages": [question("Hi")], "temperature": 9, "top_k": 0, "max_tokens": 60_000}
+    server = serve("--model", tiny_bundle, "--parallel", 1, "--threads", 1, "--grace", 0.3)
+    body = {"messages": [question("Hi")], **LONG}
     connections = [post(server, body) for _ in range(3)]
     wait_for(lambda: metric(server, "llava_edge_running") == 1 and metric(server, "llava_edge_queued") == 2)
     assert server.stop(signal.SIGINT) == 0
@@ -204,7 +209,7 @@ def test_a_kill_loses_nothing_but_the_request(
     server = serve(*args)
     options: dict[str, Any] = {"model": "tiny", "messages": [question("Hello", pictures[0])], "max_tokens": 12}
     first = server.client().chat.completions.create(**options).choices[0].message.content
-    connection = post(server, {"messages": [question("Hi")], "temperature": 9, "top_k": 0, "max_tokens": 2000})
+    connection = post(server, {"messages": [question("Hi")], **LONG})
     wait_for(lambda: metric(server, "llava_edge_running") == 1)
     server.process.kill()
     with pytest.raises((http.client.HTTPException, OSError)):
