@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from llava_edge.server import page
 from llava_edge.server.chat import ChatCompletions
 from llava_edge.server.errors import ApiError, as_api_error
 from llava_edge.server.guard import Guard
@@ -22,6 +23,9 @@ from llava_edge.server.service import Service
 
 def make_app(service: Service) -> Starlette:
     """The ASGI application of a service."""
+
+    async def front(request: Request) -> Response:
+        return page.response()
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -59,6 +63,7 @@ def make_app(service: Service) -> Starlette:
         middleware.insert(0, cors)
     return Starlette(
         routes=[
+            Route("/", front),
             Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
             Route("/v1/models", list_models),
             Route("/v1/models/{name:path}", one_model),
