@@ -101,6 +101,12 @@ def read(source: ImageSource, spec: ImageSpec | None, pad_color: tuple[int, int,
     return image if spec is None else fit(image, spec)
 
 
+def kind(data: bytes) -> str:
+    """The name of a picture file's format, as in ``image/jpeg``."""
+    module, _ = _reader(data[:_MAGIC_BYTES], "the picture")
+    return module.removesuffix("ImagePlugin").lower()
+
+
 def content_hash(image: Image.Image) -> str:
     """SHA-256 over the size and the pixels of an RGB picture, as 64 hexadecimal digits."""
     digest = hashlib.sha256(f"{image.mode} {image.width} {image.height} ".encode())
