@@ -240,6 +240,9 @@ def test_errors_have_the_status_that_the_client_knows(client: openai.OpenAI) -> 
     with pytest.raises(openai.BadRequestError, match=r"context 4096") as caught_full:
         client.chat.completions.create(model="nano", messages=[question("word " * 5000)])
     assert caught_full.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="far beyond the context 4096") as caught_long:
+        client.chat.completions.create(model="nano", messages=[question("x" * 2_000_000)])
+    assert caught_long.value.code == "context_length_exceeded"
 
 
 @pytest.mark.parametrize(

@@ -133,8 +133,11 @@ def serve(
 
     def ready(scheduler: Scheduler) -> None:
         if not quiet:
-            engine = scheduler.model.engine
-            terminal.note(f"ready: {scheduler.model.name}, {parallel} answers at a time, context {engine.n_ctx}, {url}")
+            n_ctx = scheduler.model.engine.n_ctx
+            together = "" if scheduler.rows == 1 else f" ({scheduler.rows} in a batch)"
+            terminal.note(
+                f"ready: {scheduler.model.name}, {parallel} answers at a time{together}, context {n_ctx}, {url}"
+            )
 
     service = Service(
         lambda: load_model(options, n_seq_max=parallel),

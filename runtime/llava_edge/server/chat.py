@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -66,6 +67,7 @@ class ChatCompletions:
         name = scheduler.model.name
         if asked.model not in (None, name):
             raise ApiError(404, f"There is no such model here, only {name!r}.", param="model", code="model_not_found")
+        self._service.check_length(asked)
         gone = asyncio.create_task(_disconnected(request))
         try:
             async with asyncio.timeout(self._service.options.timeout_seconds):
@@ -90,7 +92,8 @@ class ChatCompletions:
         gone.add_done_callback(lambda _task: events.put_nowait(None))
 
         def emit(item: Event) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, item)
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who listens
+                loop.call_soon_threadsafe(events.put_nowait, item)
 
         job = Job(asked, pictures, emit, started, started + self._service.options.timeout_seconds)
         scheduler.submit(job)

@@ -14,6 +14,7 @@ from llava_edge.server.app import make_app
 from llava_edge.server.service import Service
 
 BACKLOG = 256
+MAX_CONNECTIONS = 512
 
 
 class _Server(uvicorn.Server):
@@ -59,6 +60,7 @@ def run(service: Service, listener: socket.socket, stop: list[BaseException]) ->
         access_log=False,
         server_header=False,
         timeout_keep_alive=30,
+        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=int(service.options.grace_seconds) + 5,
         h11_max_incomplete_event_size=64 * 1024,
         http="h11",

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# From a context of 512 cells on llama.cpp divides the attention of a lone token among its threads, and not that of
-# several, and it takes cells in blocks of 256: sequences beyond this position are evaluated one by one.
+# From a context of 512 cells on llama.cpp divides the attention of a lone token among its threads, but not that of
+# several tokens, and it takes cells in blocks of 256: from this position on sequences are evaluated one by one.
 ALONE_FROM = 256
 
 
@@ -119,10 +119,17 @@ class Scheduler:
 
     def _work(self) -> None:
         while self._wait():
-            self._drop_overdue()
-            self._admit()
-            self._read_a_piece()
-            self._write_tokens()
+            try:
+                self._drop_overdue()
+                self._admit()
+                self._read_a_piece()
+                self._write_tokens()
+            except Exception as error:  # a defect ends the answers that run, never the server
+                # the error's own words may hold what people wrote
+                log.error("the scheduler failed: %s", type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+                for active in list(self._active):
+                    self._fail(active.job, error)
+                    self._drop(active)
 
     def _wait(self) -> bool:
         """Wait for work; False when there will be none."""
@@ -188,7 +195,7 @@ class Scheduler:
     def _groups(self, writing: Sequence[_Active]) -> list[list[_Active]]:
         """Who is evaluated together."""
         engine = self.model.engine
-        alone = [a for a in writing if self._exact and engine.position(a.lane.seq) >= ALONE_FROM - 1]
+        alone = [a for a in writing if self._exact and engine.position(a.lane.seq) >= ALONE_FROM]
         together = [a for a in writing if a not in alone]
         groups = [together[start : start + self.rows] for start in range(0, len(together), self.rows)]
         return [*groups, *([active] for active in alone)]

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# No vocabulary has tokens as long as this on average; a longer text need not be tokenised to see that it doesn't fit.
+_MOST_BYTES_PER_TOKEN = 256
+
 
 @dataclass(frozen=True)
 class Options:
@@ -132,6 +135,19 @@ class Service:
                 picture = await self.pictures.open(image.url, f"picture {number}")
                 opened[-1].append((picture, self._image_tokens(request, image)))
         return opened
+
+    def check_length(self, request: ChatRequest) -> None:
+        """Refuse texts that are far too long before others have to wait for their tokens to be counted."""
+        n_ctx = self.ready().model.engine.n_ctx
+        texts = [request.system or "", *(text for turn in request.turns for text in (turn.question, turn.answer or ""))]
+        size = sum(len(text) for text in texts)
+        if size > n_ctx * _MOST_BYTES_PER_TOKEN:
+            raise ApiError(
+                400,
+                f"The messages have {size:,} characters, which is far beyond the context {n_ctx}.",
+                param="messages",
+                code="context_length_exceeded",
+            )
 
     def describe(self) -> dict[str, Any]:
         """What the page and programs want to know of the model."""
