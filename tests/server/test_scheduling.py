@@ -238,3 +238,36 @@ def test_clients_that_come_and_leave_at_random_leave_nothing_behind(tiny_server:
     wait_for(lambda: metric(tiny_server, "llava_edge_running") == 0)
     assert metric(tiny_server, "llava_edge_queued") == 0
     assert metric(tiny_server, 'llava_edge_requests_total{status="500"}') == 0
+
+
+def test_full_batching_answers_everybody(serve: Callable[..., Server], tiny_bundle: Path, pictures: list[Path]) -> None:
+    server = serve("--model", tiny_bundle, "--parallel", 6, "--threads", 1, "--batching", "full", "--n-ctx", 256)
+    assert "(6 in a batch)" in server.log
+
+    def ask(number: int) -> Any:
+        return server.client().chat.completions.create(
+            model="tiny", messages=[question(f"Question {number}", pictures[number % 3])], max_tokens=20
+        )
+
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(ask, range(12)))
+    assert {reply.choices[0].finish_reason for reply in replies} <= {"stop", "length"}
+
+
+def test_metrics_count_what_happened(serve: Callable[..., Server], tiny_bundle: Path, pictures: list[Path]) -> None:
+    server = serve("--model", tiny_bundle, "--parallel", 1, "--threads", 1, "--n-ctx", 256)
+    for text in ("What?", "Why?"):
+        messages: Any = [question(text, pictures[0])]
+        reply = server.client().chat.completions.create(model="tiny", messages=messages, max_tokens=5)
+    assert reply.usage is not None
+    assert metric(server, 'llava_edge_requests_total{status="200"}') == 2
+    assert metric(server, "llava_edge_ttft_seconds_count") == 2
+    assert metric(server, 'llava_edge_pictures_total{cache="miss"}') == 1
+    assert metric(server, 'llava_edge_pictures_total{cache="hit"}') == 1
+    assert (
+        0 < metric(server, "llava_edge_prompt_cached_tokens_total") < metric(server, "llava_edge_prompt_tokens_total")
+    )
+    assert metric(server, "llava_edge_answer_tokens_total") >= reply.usage.completion_tokens
+    assert metric(server, "llava_edge_kv_cells_used") > 0
+    if Path("/proc/self/stat").exists():
+        assert metric(server, "process_resident_memory_bytes") > 1e6
