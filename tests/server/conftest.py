@@ -27,6 +27,7 @@ class Server:
         command = [sys.executable, "-m", "llava_edge", "serve", "--port", "0", *map(str, args)]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
         self.lines: list[str] = []
+        self._clients: list[openai.OpenAI] = []
         self._ready = threading.Event()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -52,12 +53,16 @@ class Server:
         return "".join(self.lines)
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(
+        made = openai.OpenAI(
             base_url=f"{self.url}/v1", **{"api_key": self.key or "none", "max_retries": 0, "timeout": 120, **options}
         )
+        self._clients.append(made)
+        return made
 
     def close(self) -> None:
         """End the process whatever it does."""
+        for client in self._clients:
+            client.close()
         self.process.kill()
         self.process.wait()
         self._reader.join()

@@ -71,6 +71,14 @@ _MEBIBYTE = 1024 * 1024
     help="Largest request, pictures included.",
 )
 @click.option(
+    "--store",
+    metavar="MB",
+    type=click.IntRange(0),
+    default=256,
+    show_default=True,
+    help="Memory for conversations that wait for their next question.",
+)
+@click.option(
     "--batching",
     type=click.Choice(["exact", "full"]),
     default="exact",
@@ -99,6 +107,7 @@ def serve(
     cors: tuple[str, ...],
     allow_image_urls: bool,
     max_body: int,
+    store: int,
     batching: str,
     quiet: bool,
     **options: Any,
@@ -123,6 +132,7 @@ def serve(
         timeout_seconds=timeout,
         grace_seconds=grace,
         max_body_bytes=max_body * _MEBIBYTE,
+        store_bytes=store * _MEBIBYTE,
         exact=batching == "exact",
         access=access,
     )

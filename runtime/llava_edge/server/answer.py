@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from llava_edge import grammar
 from llava_edge.generate import Generation
+from llava_edge.grammar import GrammarSampler
 from llava_edge.prompt import Answer, ImageRef, Segment, UserText
 from llava_edge.sampling import Sampler
 from llava_edge.types import FinishReason, Usage
@@ -68,13 +68,17 @@ Event: TypeAlias = Piece | Finished | Failed
 
 @dataclass(eq=False)
 class Job:
-    """A request on its way. ``emit`` takes its events, in the scheduler's thread; times are those of the clock."""
+    """A request on its way. ``emit`` takes its events, in the scheduler's thread; times are those of the clock.
+
+    ``grammar`` is what the request's schema allows, in llama.cpp's notation.
+    """
 
     request: ChatRequest
     pictures: Sequence[Sequence[tuple[Picture, int | None]]]  # of every turn, with the number of their tokens
     emit: Callable[[Event], None]
     arrived: float
     deadline: float
+    grammar: str | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -167,8 +171,8 @@ def answer(
     generation = Generation()
     sampler: Chooser = Sampler(request.sampling)
     rules = None
-    if request.schema is not None:
-        sampler = rules = grammar.GrammarSampler(model.engine, grammar.from_schema(request.schema), sampler)
+    if job.grammar is not None:
+        sampler = rules = GrammarSampler(model.engine, job.grammar, sampler)
     recorder = None
     if request.top_logprobs is not None:
         sampler = recorder = RecordingSampler(sampler, model, request.top_logprobs)
@@ -193,8 +197,8 @@ def answer(
     clock["ttft_seconds"] = generation.first_token_at - job.arrived
     usage = Usage(prefill.tokens, prefill.cached, prefill.image, len(generation.ids))
     speed = generation.decoded / generation.decode_seconds if generation.decoded else None
-    job.emit(Finished(generation.finish_reason, usage, {**clock, "decode_tokens_per_second": speed}))
     metrics.finished(usage, clock["ttft_seconds"], speed)
+    job.emit(Finished(generation.finish_reason, usage, {**clock, "decode_tokens_per_second": speed}))
 
 
 def _fingerprint(history: Sequence[Segment], text: str) -> bytes:

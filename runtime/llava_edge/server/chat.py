@@ -14,6 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from llava_edge.errors import InputError
+from llava_edge.grammar import from_schema
 from llava_edge.server.answer import Event, Failed, Finished, Job, Piece
 from llava_edge.server.errors import ApiError, as_api_error
 from llava_edge.server.protocol import ChatRequest, parse_chat, parse_json
@@ -68,11 +70,12 @@ class ChatCompletions:
         if asked.model not in (None, name):
             raise ApiError(404, f"There is no such model here, only {name!r}.", param="model", code="model_not_found")
         self._service.check_length(asked)
+        grammar = None if asked.schema is None else await asyncio.to_thread(_grammar, asked.schema)
         gone = asyncio.create_task(_disconnected(request))
         try:
             async with asyncio.timeout(self._service.options.timeout_seconds):
                 pictures = await _unless(gone, self._service.open_pictures(asked))
-            await self._answer(scheduler, asked, pictures, gone, send, started)
+            await self._answer(scheduler, asked, pictures, grammar, gone, send, started)
         except TimeoutError:
             raise ApiError(504, "The pictures took longer than the server allows.", code="timeout") from None
         finally:
@@ -83,6 +86,7 @@ class ChatCompletions:
         scheduler: Scheduler,
         asked: ChatRequest,
         pictures: Any,
+        grammar: str | None,
         gone: asyncio.Task[None],
         send: Send,
         started: float,
@@ -95,7 +99,7 @@ class ChatCompletions:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and with it everybody who listens
                 loop.call_soon_threadsafe(events.put_nowait, item)
 
-        job = Job(asked, pictures, emit, started, started + self._service.options.timeout_seconds)
+        job = Job(asked, pictures, emit, started, started + self._service.options.timeout_seconds, grammar)
         scheduler.submit(job)
         completion = Completion(scheduler.model.name, include_usage=asked.include_usage)
         try:
@@ -168,6 +172,13 @@ async def _read_body(request: Request, limit: int) -> bytes:
     except TimeoutError:
         raise ApiError(408, f"The body took more than {BODY_SECONDS:.0f} s.", code="timeout") from None
     return bytes(body)
+
+
+def _grammar(schema: dict[str, Any]) -> str:
+    try:
+        return from_schema(schema)
+    except InputError as error:
+        raise ApiError(400, f"{error}.", param="response_format", code="invalid_schema", hint=error.hint) from None
 
 
 async def _disconnected(request: Request) -> None:

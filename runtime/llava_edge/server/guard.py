@@ -19,7 +19,6 @@ from llava_edge.server.errors import ApiError
 
 # What a browser may see without a key: that the server is there, and the page that asks for the key.
 _OPEN_PATHS = frozenset({"/", "/health", "/ready", "/favicon.ico"})
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 _MIN_KEY_LENGTH = 16
 
 
@@ -42,7 +41,7 @@ class Access:
     def allows_host(self, host: str) -> bool:
         """A page elsewhere can point a name of its own at this machine; browsers then send that name."""
         name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        return not self.loopback or name.lower() in _LOOPBACK_NAMES
+        return not self.loopback or is_loopback(name.lower())
 
     def allows_origin(self, origin: str, host: str) -> bool:
         """Pages of this server, and those that were asked for."""
@@ -105,12 +104,10 @@ def read_keys(path: Path) -> tuple[str, ...]:
         raise InputError(f"can't read the API keys in {path}: {reason}") from None
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     short = sum(len(key) < _MIN_KEY_LENGTH for key in keys)
-    if not keys or short:
-        found = f"{short} of its keys are" if keys else "it has no key; one is"
+    if short or not keys:
+        problem = f"{short} of its keys are shorter" if keys else "it holds no API key"
         raise InputError(
-            f"{path} has to hold keys of at least {_MIN_KEY_LENGTH} characters, one a line: {found} shorter"
-            if keys
-            else f"{path} holds no API key",
+            f"{path} has to hold keys of at least {_MIN_KEY_LENGTH} characters, one a line; {problem}",
             hint=f"For example: {new_key()}",
         )
     return keys

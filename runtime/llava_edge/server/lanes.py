@@ -38,7 +38,7 @@ class Lanes:
     """All lanes of an engine, and copies of conversations that have none, up to ``store_bytes``."""
 
     engine: Engine
-    store_bytes: int = STORE_BYTES
+    store_bytes: int
     lanes: list[Lane] = field(init=False)
     stored: list[SavedCache] = field(init=False, default_factory=list)  # the least recently used first
     _count: int = field(init=False, default=0)
@@ -58,14 +58,14 @@ class Lanes:
     def take(self, units: Sequence[Unit]) -> Lane:
         """A free lane that holds as much of the beginning of a prompt as is known; it is busy from now on."""
         idle = [lane for lane in self.lanes if not lane.busy]
-        own = max(idle, key=lambda lane: (_shared(lane.cache.entries, units), not lane.cache.entries, -lane.used))
+        own = max(idle, key=lambda lane: (_worth(lane.cache.entries, units), not lane.cache.entries, -lane.used))
         shared = _shared(own.cache.entries, units)
         if shared < own.cache.tokens:  # it loses something
             self._keep(own)
         sources: list[Sequence[Entry]] = [saved.entries for saved in self.stored]
         sources += [lane.cache.entries for lane in self.lanes if lane.busy]
         best = max(sources, key=lambda entries: _shared(entries, units), default=())
-        if _shared(best, units) > max(shared, MIN_SHARED_TOKENS - 1):
+        if _worth(best, units) > shared:
             own.cache.restore(self._copy_of(best))
         own.busy = True
         return own
@@ -126,3 +126,9 @@ def _shared(entries: Sequence[Entry], units: Sequence[Unit]) -> int:
     """Tokens at the beginning of a prompt that these entries hold."""
     count = common_units([entry.unit for entry in entries], units)
     return entries[count - 1].tokens if count else 0
+
+
+def _worth(entries: Sequence[Entry], units: Sequence[Unit]) -> int:
+    """The same, 0 where it is too little to matter."""
+    shared = _shared(entries, units)
+    return shared if shared >= MIN_SHARED_TOKENS else 0

@@ -52,15 +52,17 @@ class Scheduler:
     exact
         Evaluate only so many sequences together as gives each the bits that it has alone. Otherwise all of them,
         which is quicker, and where two words are nearly equally likely the other one may be taken.
+    store_bytes
+        Memory for conversations that have no lane.
     """
 
-    def __init__(self, model: Model, metrics: Metrics, *, exact: bool = True, store_bytes: int | None = None) -> None:
+    def __init__(self, model: Model, metrics: Metrics, *, exact: bool, store_bytes: int) -> None:
         self.model = model
         self.metrics = metrics
         self._warm_up()
         self.rows = exact_rows(model.engine) if exact else model.engine.n_seq_max
         self._exact = exact
-        self._lanes = Lanes(model.engine) if store_bytes is None else Lanes(model.engine, store_bytes)
+        self._lanes = Lanes(model.engine, store_bytes)
         self._memory = AnswerMemory()
         self._waiting: deque[Job] = deque()
         self._active: list[_Active] = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from llava_edge.errors import InputError
 from llava_edge.server.errors import ApiError
 from llava_edge.server.guard import Access
+from llava_edge.server.lanes import STORE_BYTES
 from llava_edge.server.metrics import Metrics
 from llava_edge.server.pictures import Fetch, Pictures
 from llava_edge.server.scheduler import Scheduler
@@ -37,13 +38,14 @@ class Options:
     timeout_seconds: float = 300.0
     grace_seconds: float = 10.0
     max_body_bytes: int = 32 * 1024 * 1024
+    store_bytes: int = STORE_BYTES
     exact: bool = True
     access: Access = field(default_factory=Access)
 
     def __post_init__(self) -> None:
         if not 1 <= self.parallel <= 64:
             raise InputError(f"parallel is {self.parallel}; expected 1 to 64")
-        for name in ("queue", "grace_seconds"):
+        for name in ("queue", "grace_seconds", "store_bytes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 0 or more")
         for name in ("timeout_seconds", "max_body_bytes"):
@@ -177,7 +179,7 @@ class Service:
     def _load_model(self) -> None:
         try:
             model = self._load()
-            scheduler = Scheduler(model, self.metrics, exact=self.options.exact)
+            scheduler = Scheduler(model, self.metrics, exact=self.options.exact, store_bytes=self.options.store_bytes)
             self.pictures = Pictures(*model.picture_settings, self._fetch)
             self.scheduler = scheduler
         except BaseException as error:

@@ -40,8 +40,9 @@ async function* streamAnswer(messages, signal) {
 function asMessages(conversation, count) {
   const messages = settings.values.system.trim() ? [{ role: "system", content: settings.values.system }] : [];
   for (const message of conversation.messages.slice(0, count)) {
-    if (message.role === "assistant") messages.push({ role: "assistant", content: message.text });
-    else messages.push({ role: "user", content: [
+    if (message.role === "assistant") {
+      if (message.text) messages.push({ role: "assistant", content: message.text });
+    } else messages.push({ role: "user", content: [
       ...message.pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } })),
       ...(message.text ? [{ type: "text", text: message.text }] : []),
     ] });

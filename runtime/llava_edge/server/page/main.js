@@ -212,9 +212,9 @@ function read(chunk, mine, message, figures, started, node) {
 }
 
 function failed(error, message) {
-  message.error = error.status ? error.message : `The server can't be reached. ${error.message}`;
-  warn(message.error);
+  message.error = error.status ? error.message : `The server can't be reached: ${error.message}`;
   if (error.status === 401) openSettings($("api-key"));
+  else if (!error.status) connect();
 }
 
 function figuresText(figures) {
