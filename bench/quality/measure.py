@@ -203,16 +203,8 @@ class Quality:
         """What the model says by itself, greedily."""
         self._prefill(model, subject, case)
         generation = Generation()
-        pieces = generate(
-            generation,
-            model.cache,
-            Sampler(SamplingParams()),
-            model.engine,
-            max_tokens=self._settings.own_answer_tokens,
-            stop_tokens=model.stop_tokens,
-            stop_texts=model.stop_texts,
-            strip_blank=model.engine.spm,
-        )
+        loop = model.token_loop(generation, Sampler(SamplingParams()), self._settings.own_answer_tokens)
+        pieces = generate(loop, model.cache)
         for _ in pieces:
             pass
         return generation.text.strip()

@@ -64,16 +64,8 @@ class Asker:
         model = self._model
         units, _ = self._read(question, image)
         generation = Generation()
-        for _ in generate(
-            generation,
-            model.cache,
-            Sampler(SamplingParams()),
-            model.engine,
-            max_tokens=max_tokens,
-            stop_tokens=model.stop_tokens,
-            stop_texts=model.stop_texts,
-            strip_blank=model.engine.spm,
-        ):
+        loop = model.token_loop(generation, Sampler(SamplingParams()), max_tokens)
+        for _ in generate(loop, model.cache):
             pass
         return Said(generation.text.strip(), _prompt_hash(units), len(generation.ids))
 

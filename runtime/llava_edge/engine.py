@@ -1,6 +1,6 @@
 """The language model: the only user of llama.cpp's text API.
 
-Shapes: T tokens of a batch, D width of the embeddings, V size of the vocabulary. One sequence, number 0.
+Shapes: T tokens of a batch, D width of the embeddings, V size of the vocabulary, S sequences of a context.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import logging
 import os
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from llava_edge import native
 from llava_edge.errors import LlavaEdgeError, ModelError
+from llava_edge.llama_batch import Batches
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,8 +42,11 @@ class EngineError(LlavaEdgeError):
 class Engine:
     """A loaded GGUF language model with its KV cache.
 
-    A call that fails or is interrupted leaves the cache as it was before; ``n_past`` is the position of the next
-    token (with M-RoPE a picture takes fewer positions than tokens).
+    The cache holds ``n_seq_max`` sequences, each with ``n_ctx`` places of its own: in a pool that they share, a
+    sequence's answers would depend on where in it the others lie. Calls that take ``seq`` work on that one.
+    A call that fails or is interrupted leaves the cache as it was before; ``n_past`` is the position of sequence 0's
+    next token (with M-RoPE a picture takes fewer positions than tokens). Another thread may set ``stopping`` to end
+    an evaluation with an EngineError; it stays set until it is cleared.
 
     Parameters
     ----------
@@ -56,6 +60,8 @@ class Engine:
         Layers on the GPU, -1 is all of them; None is all where llama.cpp was built for a GPU.
     n_batch
         Tokens that are evaluated together. A longer run is always cut at the same places.
+    n_seq_max
+        Sequences that the cache holds.
     repack
         Whether llama.cpp may keep a copy of the weights in an order that its kernels read faster.
     observer
@@ -72,6 +78,7 @@ class Engine:
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
         n_batch: int = 512,
+        n_seq_max: int = 1,
         repack: bool = True,
         observer: Any = None,
         every_output: bool = False,
@@ -81,15 +88,17 @@ class Engine:
         self._library = native.llama()
         self._model: Any = None
         self._context: Any = None
+        self.stopping = False
         try:
             self.n_threads = n_threads or native.default_threads()
             self._load(n_gpu_layers, repack)
-            self._make_context(n_ctx, n_batch, observer, every_output)
+            self._make_context(n_ctx, n_batch, n_seq_max, observer, every_output)
         except BaseException:
             self.close()
             raise
-        self.n_past = 0
-        self._batches = _Batches(self._library, self.n_batch, every_output)
+        self.n_seq_max = n_seq_max
+        self._past = [0] * n_seq_max
+        self._batches = Batches(self._library, self.n_batch, n_seq_max, every_output)
 
     def close(self) -> None:
         """Free the model; a second call does nothing."""
@@ -102,15 +111,21 @@ class Engine:
         self.worker.close()
 
     @property
+    def stop_wanted(self) -> bool:
+        """Whether the evaluation that runs now has been asked to end, by ``stopping`` or Ctrl-C."""
+        return self.stopping or self.worker.aborting
+
+    @property
     def model_pointer(self) -> Any:
         """llama.cpp's model, for its vision library."""
         self._check_open()
         return self._model
 
     @property
-    def _vocab(self) -> Any:
+    def vocab_pointer(self) -> Any:
+        """llama.cpp's vocabulary, for its grammars."""
         self._check_open()
-        return self._vocab_pointer
+        return self._vocab
 
     # The tokenizer
 
@@ -129,7 +144,7 @@ class Engine:
         room = len(data) + 8
         while True:
             ids = (ctypes.c_int32 * room)()
-            found = self._library.llama_tokenize(self._vocab, data, len(data), ids, room, False, special)
+            found = self._library.llama_tokenize(self.vocab_pointer, data, len(data), ids, room, False, special)
             if found >= 0:
                 return list(ids[:found])
             if found == -(1 << 31):
@@ -141,19 +156,19 @@ class Engine:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            length = self._library.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            length = self._library.llama_token_to_piece(self.vocab_pointer, token, buffer, room, 0, False)
             if length >= 0:
                 return buffer.raw[:length]
             room = -length
 
     def token_text(self, token: int) -> str:
         """The token's entry in the vocabulary."""
-        raw: bytes = self._library.llama_vocab_get_text(self._vocab, token) or b""
+        raw: bytes = self._library.llama_vocab_get_text(self.vocab_pointer, token) or b""
         return raw.decode("utf-8", "replace")
 
     def is_end(self, token: int) -> bool:
         """Whether the vocabulary says that this token ends an answer."""
-        return bool(self._library.llama_vocab_is_eog(self._vocab, token))
+        return bool(self._library.llama_vocab_is_eog(self.vocab_pointer, token))
 
     def is_control(self, token: int) -> bool:
         """Whether this token stands for structure, not for text."""
@@ -170,19 +185,19 @@ class Engine:
     @property
     def bos(self) -> str:
         """Text of the token that begins every prompt, empty if the model has none."""
-        wanted = self._library.llama_vocab_get_add_bos(self._vocab)
-        return self.token_text(self._library.llama_vocab_bos(self._vocab)) if wanted else ""
+        wanted = self._library.llama_vocab_get_add_bos(self.vocab_pointer)
+        return self.token_text(self._library.llama_vocab_bos(self.vocab_pointer)) if wanted else ""
 
     @property
     def eos(self) -> str:
         """Text of the token that ends a text, empty if the model has none."""
-        token = self._library.llama_vocab_eos(self._vocab)
+        token = self._library.llama_vocab_eos(self.vocab_pointer)
         return self.token_text(token) if token >= 0 else ""
 
     @property
     def spm(self) -> bool:
         """Whether the vocabulary is SentencePiece's, whose words begin with their blank."""
-        return bool(self._library.llama_vocab_type(self._vocab) == _SPM)
+        return bool(self._library.llama_vocab_type(self.vocab_pointer) == _SPM)
 
     @property
     def chat_template(self) -> str | None:
@@ -192,15 +207,42 @@ class Engine:
 
     # Evaluation
 
-    def decode_tokens(self, tokens: Sequence[int], *, logits: bool = True) -> None:
+    @property
+    def n_past(self) -> int:
+        """Position of the next token of sequence 0."""
+        return self._past[0]
+
+    def position(self, seq: int) -> int:
+        """Position of the next token of a sequence."""
+        return self._past[seq]
+
+    def decode_tokens(self, tokens: Sequence[int], *, logits: bool = True, seq: int = 0) -> None:
         """Evaluate tokens after those in the cache. ``logits`` asks for those of the last one."""
+        ids, past = self._checked(tokens), self._past[seq]
+        self._decode_in_batches(
+            len(ids), logits, seq, lambda a, b, want: self._batches.tokens(ids[a:b], past + a, seq, want)
+        )
+        self._past[seq] += len(ids)
+
+    def decode_each(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
+        """Evaluate one token for each of several sequences together, and return their logits ``float32 [S, V]``."""
+        self._check_open()
+        ids, sequences = self._checked(list(tokens.values())), list(tokens)
+        try:
+            self._decode(self._batches.one_each(ids, [self._past[seq] for seq in sequences], sequences))
+        except BaseException:
+            for seq in sequences:
+                self.truncate(self._past[seq], seq)
+            raise
+        for seq in sequences:
+            self._past[seq] += 1
+        return np.stack([self.logits(row) for row in range(len(ids))])
+
+    def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
         ids = np.asarray(tokens, np.int32)
         if len(ids) == 0 or ids.min() < 0 or ids.max() >= self.n_vocab:
             raise EngineError(f"tokens are {list(tokens)[:8]}; expected numbers from 0 to {self.n_vocab - 1}")
-        self._decode_in_batches(
-            len(ids), logits, lambda a, b, want: self._batches.tokens(ids[a:b], self.n_past + a, want)
-        )
-        self.n_past += len(ids)
+        return ids
 
     def decode_embeddings(
         self,
@@ -210,11 +252,12 @@ class Engine:
         n_pos: int | None = None,
         causal: bool = True,
         logits: bool = False,
+        seq: int = 0,
     ) -> None:
         """Evaluate embeddings ``float32 [T, D]`` after what is in the cache.
 
-        ``positions`` are those of M-RoPE, ``int32 [4, T]`` relative to ``n_past``, and ``n_pos`` says by how much
-        ``n_past`` moves on. Without ``causal`` every embedding sees all of them.
+        ``positions`` are those of M-RoPE, ``int32 [4, T]`` relative to the next one, and ``n_pos`` says by how much
+        that moves on. Without ``causal`` every embedding sees all of them.
         """
         rows = np.ascontiguousarray(embeddings, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self.n_embd or not len(rows):
@@ -222,56 +265,81 @@ class Engine:
         if not causal and len(rows) > self.n_batch:
             raise EngineError(f"a picture of {len(rows)} tokens that all see each other needs n_batch = {len(rows)}")
         self._check_open()
-        places = self._places(len(rows), positions)
+        places = self._places(len(rows), positions, self._past[seq])
         self._library.llama_set_causal_attn(self._context, causal)
+        make = self._batches.embeddings
         try:
             self._decode_in_batches(
-                len(rows), logits, lambda a, b, want: self._batches.embeddings(rows[a:b], places[:, a:b], want)
+                len(rows), logits, seq, lambda a, b, want: make(rows[a:b], places[:, a:b], seq, want)
             )
         finally:
             self._library.llama_set_causal_attn(self._context, True)
-        self.n_past += len(rows) if n_pos is None else n_pos
+        self._past[seq] += len(rows) if n_pos is None else n_pos
 
-    def _places(self, count: int, positions: NDArray[np.int32] | None) -> NDArray[np.int32]:
+    def _places(self, count: int, positions: NDArray[np.int32] | None, past: int) -> NDArray[np.int32]:
         """Positions of a picture: ``[1, T]``, or M-RoPE's ``[4, T]``, whose last section stays as it is."""
         line = np.arange(count, dtype=np.int32)
         if not self.uses_mrope:
-            return (self.n_past + line)[None]
+            return (past + line)[None]
         sections = np.tile(line, (4, 1)) if positions is None else positions.copy()
-        sections[:3] += self.n_past
+        sections[:3] += past
         return sections
 
-    def logits(self) -> NDArray[np.float32]:
-        """A copy of the last evaluated token's logits, ``float32 [V]``."""
+    def logits(self, row: int = -1) -> NDArray[np.float32]:
+        """A copy of the last evaluated token's logits, or of a row of the last batch, ``float32 [V]``."""
         self._check_open()
-        pointer = self._library.llama_get_logits_ith(self._context, -1)
+        pointer = self._library.llama_get_logits_ith(self._context, row)
         if not pointer:
             raise EngineError("there are no logits: the last batch was evaluated without them")
         return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
 
-    def truncate(self, n_past: int) -> bool:
-        """Forget everything from a position on. False: the model can't, and everything is forgotten."""
+    def truncate(self, n_past: int, seq: int = 0) -> bool:
+        """Forget everything from a position on. False: the model can't, and the whole sequence is forgotten."""
         self._check_open()
         memory = self._library.llama_get_memory(self._context)
-        kept = self.worker.run(lambda: bool(self._library.llama_memory_seq_rm(memory, 0, n_past, -1)))
+        remove = self._library.llama_memory_seq_rm
+        kept = self.worker.run(lambda: bool(remove(memory, seq, n_past, -1)))
         if not kept:
-            self.worker.run(lambda: self._library.llama_memory_clear(memory, True))
-        self.n_past = n_past if kept else 0
+            self.worker.run(lambda: remove(memory, seq, -1, -1))
+        self._past[seq] = n_past if kept else 0
         return kept
 
-    def _decode_in_batches(self, count: int, logits: bool, make: Callable[[int, int, bool], Any]) -> None:
+    def state_size(self, seq: int) -> int:
+        """Bytes that :meth:`save_state` needs."""
+        self._check_open()
+        return self.worker.run(lambda: int(self._library.llama_state_seq_get_size(self._context, seq)))
+
+    def save_state(self, seq: int, buffer: Any) -> None:
+        """Copy a sequence's part of the cache into a ctypes array of bytes. It holds no logits."""
+        save = self._library.llama_state_seq_get_data
+        if self.worker.run(lambda: save(self._context, buffer, len(buffer), seq)) != len(buffer):
+            raise EngineError(f"the state of sequence {seq} does not fit {len(buffer)} bytes")
+
+    def restore_state(self, seq: int, buffer: Any, n_past: int) -> None:
+        """Put the first ``n_past`` positions of what :meth:`save_state` copied in place of what a sequence holds."""
+        self._check_open()
+        self.truncate(0, seq)
+        restore = self._library.llama_state_seq_set_data
+        if self.worker.run(lambda: restore(self._context, buffer, len(buffer), seq)) != len(buffer):
+            self.truncate(0, seq)
+            raise EngineError(f"the state of {len(buffer)} bytes does not belong to this model")
+        self.truncate(n_past, seq)
+
+    def _decode_in_batches(self, count: int, logits: bool, seq: int, make: Callable[[int, int, bool], Any]) -> None:
         self._check_open()
         starts = range(0, count, self.n_batch)
         try:
             for start in starts:
                 end = min(count, start + self.n_batch)
-                batch = make(start, end, logits and end == count)
-                status = self.worker.run(functools.partial(self._library.llama_decode, self._context, batch))
-                if status != 0:
-                    raise EngineError(_explain_status(status))
+                self._decode(make(start, end, logits and end == count))
         except BaseException:
-            self.truncate(self.n_past)
+            self.truncate(self._past[seq], seq)
             raise
+
+    def _decode(self, batch: Any) -> None:
+        status = self.worker.run(functools.partial(self._library.llama_decode, self._context, batch))
+        if status != 0:
+            raise EngineError(_explain_status(status))
 
     # Loading
 
@@ -295,28 +363,29 @@ class Engine:
             )
         if library.llama_model_has_encoder(self._model) or not library.llama_model_has_decoder(self._model):
             raise ModelError(f"{self.path} is not a decoder-only language model")
-        self._vocab_pointer = library.llama_model_get_vocab(self._model)
+        self._vocab = library.llama_model_get_vocab(self._model)
         self._normalizes = self._metadata(NFC_KEY) == "true"
         # The blank that llama.cpp puts in front of a text is one too many where there is one already.
         prefixed = self._metadata("tokenizer.ggml.add_space_prefix") == "true"
         self._one_space = prefixed and self._metadata(ONE_SPACE_KEY) == "true"
-        self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab_pointer)
+        self.n_vocab: int = library.llama_vocab_n_tokens(self._vocab)
         self.n_embd: int = library.llama_model_n_embd_inp(self._model)
         self.n_ctx_train: int = library.llama_model_n_ctx_train(self._model)
         self.uses_mrope: bool = library.llama_model_rope_type(self._model) in (_MROPE, _IMROPE)
 
-    def _make_context(self, n_ctx: int | None, n_batch: int, observer: Any, every_output: bool) -> None:
+    def _make_context(self, n_ctx: int | None, n_batch: int, n_seq_max: int, observer: Any, every_output: bool) -> None:
         library = self._library
         params = library.llama_context_default_params()
-        params.n_ctx = n_ctx or min(DEFAULT_CTX, self.n_ctx_train)
-        params.n_batch = params.n_ubatch = min(n_batch, params.n_ctx)
-        params.n_seq_max = 1
-        # Only the last token's logits are ever read; the default reserves a row of the vocabulary for each token.
-        params.n_outputs_max = params.n_batch if every_output else 1
+        places = n_ctx or min(DEFAULT_CTX, self.n_ctx_train)
+        params.n_ctx = places * n_seq_max
+        params.n_batch = params.n_ubatch = min(n_batch, places)
+        params.n_seq_max = n_seq_max
+        # Only a sequence's last logits are ever read; the default reserves a row of the vocabulary for each token.
+        params.n_outputs_max = params.n_batch if every_output else n_seq_max
         params.n_threads = params.n_threads_batch = self.n_threads
-        params.kv_unified = True
+        params.kv_unified = n_seq_max == 1
         params.no_perf = True
-        self._abort = library.ggml_abort_callback(lambda _data: self.worker.aborting)
+        self._abort = library.ggml_abort_callback(lambda _data: self.stop_wanted)
         params.abort_callback = self._abort
         if observer is not None:
             params.cb_eval = observer
@@ -338,48 +407,11 @@ class Engine:
         return buffer.value.decode("utf-8", "replace") if length >= 0 else None
 
     def _attributes(self, token: int) -> int:
-        return int(self._library.llama_vocab_get_attr(self._vocab, token))
+        return int(self._library.llama_vocab_get_attr(self.vocab_pointer, token))
 
     def _check_open(self) -> None:
         if not self._model:
             raise EngineError("the model is closed")
-
-
-class _Batches:
-    """llama.cpp's batches over NumPy memory. A batch is valid until the next one is made."""
-
-    def __init__(self, library: Any, size: int, every_output: bool) -> None:
-        self._library = library
-        self._every_output = every_output
-        self._counts = np.ones(size, np.int32)
-        self._sequence = ctypes.c_int32(0)
-        pointer = ctypes.POINTER(ctypes.c_int32)
-        self._sequences = (pointer * size)(*[ctypes.pointer(self._sequence)] * size)
-        self._outputs = np.zeros(size, np.int8)
-        self._held: tuple[NDArray[Any], ...] = ()
-
-    def tokens(self, ids: NDArray[np.int32], start: int, logits: bool) -> Any:
-        batch = self._batch(len(ids), np.arange(start, start + len(ids)), logits, ids)
-        batch.token = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        return batch
-
-    def embeddings(self, rows: NDArray[np.float32], places: NDArray[np.int32], logits: bool) -> Any:
-        batch = self._batch(len(rows), places, logits, rows)
-        batch.embd = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        return batch
-
-    def _batch(self, count: int, places: NDArray[Any], logits: bool, data: NDArray[Any]) -> Any:
-        positions = np.ascontiguousarray(places, np.int32)
-        self._outputs[:count] = self._every_output
-        self._outputs[count - 1] |= logits
-        self._held = (positions, data)
-        batch = self._library.llama_batch()
-        batch.n_tokens = count
-        batch.pos = positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.n_seq_id = self._counts.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        batch.seq_id = self._sequences
-        batch.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
-        return batch
 
 
 def check_gguf(path: Path) -> None:

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from llava_edge.kv_cache import KvCache
-    from llava_edge.sampling import Sampler
     from llava_edge.types import FinishReason
 
 
@@ -19,6 +21,12 @@ class Pieces(Protocol):
 
     def piece(self, token: int) -> bytes: ...
     def is_end(self, token: int) -> bool: ...
+
+
+class Chooser(Protocol):
+    """Chooses the next token; :class:`llava_edge.sampling.Sampler` is one."""
+
+    def choose(self, logits: NDArray[np.float32]) -> int: ...
 
 
 class TextStream:
@@ -77,59 +85,82 @@ class Generation:
     decoded: int = 0
 
 
-def generate(
-    generation: Generation,
-    cache: KvCache,
-    sampler: Sampler,
-    vocabulary: Pieces,
-    *,
-    max_tokens: int,
-    stop_tokens: frozenset[int] = frozenset(),
-    stop_texts: Sequence[str] = (),
-    strip_blank: bool = False,
-) -> Iterator[str]:
-    """Go on from the logits in the cache and yield pieces of text; ``generation`` holds the whole answer.
+class TokenLoop:
+    """One answer, token by token: logits go in, text that is sure to belong to the answer comes out.
 
-    ``strip_blank`` takes the blank from the first word, which a SentencePiece vocabulary puts there.
+    Parameters
+    ----------
+    generation
+        The record to keep.
+    stop_tokens, stop_texts
+        What ends the answer besides the vocabulary's own end.
+    strip_blank
+        Take the blank from the first word, which a SentencePiece vocabulary puts there.
     """
-    stream = TextStream(stop_texts)
-    shown = 0  # tokens whose text is sure to belong to the answer
-    for _ in range(max_tokens):
+
+    def __init__(
+        self,
+        generation: Generation,
+        sampler: Chooser,
+        vocabulary: Pieces,
+        *,
+        max_tokens: int,
+        stop_tokens: frozenset[int] = frozenset(),
+        stop_texts: Sequence[str] = (),
+        strip_blank: bool = False,
+    ) -> None:
+        self.generation = generation
+        self.done = False
+        self._sampler = sampler
+        self._vocabulary = vocabulary
+        self._max_tokens = max_tokens
+        self._stop_tokens = stop_tokens
+        self._strip_blank = strip_blank
+        self._stream = TextStream(stop_texts)
+        self._shown = 0  # tokens whose text is sure to belong to the answer
+
+    def step(self, logits: NDArray[np.float32], free: int) -> str:
+        """Choose a token, which is to be evaluated next unless ``done``; ``free`` tells how many fit the context."""
+        generation = self.generation
+        token = self._sampler.choose(logits)
+        if generation.first_token_at is None:
+            generation.first_token_at = time.perf_counter()
+        if token in self._stop_tokens or self._vocabulary.is_end(token):
+            return self._finish("stop")
+        piece = self._vocabulary.piece(token)
+        if self._strip_blank and not generation.ids:
+            piece = piece.removeprefix(b" ")
+        text = self._stream.push(piece)
+        generation.text += text
+        if self._stream.stopped:
+            del generation.ids[self._shown :]
+            generation.finish_reason, self.done = "stop", True
+            return text
+        generation.ids.append(token)
+        if not self._stream.undecided:
+            self._shown = len(generation.ids)
+        if free < 1 or len(generation.ids) == self._max_tokens:
+            return text + self._finish("length")
+        return text
+
+    def _finish(self, reason: FinishReason) -> str:
+        rest = self._stream.flush()
+        self.generation.text += rest
+        self.generation.finish_reason, self.done = reason, True
+        return rest
+
+
+def generate(loop: TokenLoop, cache: KvCache) -> Iterator[str]:
+    """Go on from the logits in the cache and yield pieces of text; the loop's generation holds the whole answer."""
+    generation = loop.generation
+    while not loop.done:
         started = time.perf_counter()
         if generation.ids:
             cache.append(generation.ids[-1])
             generation.decoded += 1
-        token = sampler.choose(cache.logits())
-        now = time.perf_counter()
-        if generation.first_token_at is None:
-            generation.first_token_at = now
-        else:
-            generation.decode_seconds += now - started
-        if token in stop_tokens or vocabulary.is_end(token):
-            generation.finish_reason = "stop"
-            break
-        piece = vocabulary.piece(token)
-        if strip_blank and not generation.ids:
-            piece = piece.removeprefix(b" ")
-        text = stream.push(piece)
-        generation.text += text
-        if stream.stopped:
-            generation.finish_reason = "stop"
-            del generation.ids[shown:]
-            if text:
-                yield text
-            return
-        generation.ids.append(token)
-        if not stream.undecided:
-            shown = len(generation.ids)
+        first = generation.first_token_at is None
+        text = loop.step(cache.logits(), cache.free)
+        if not first:
+            generation.decode_seconds += time.perf_counter() - started
         if text:
             yield text
-        if cache.free < 1:
-            generation.finish_reason = "length"
-            break
-    else:
-        generation.finish_reason = "length"
-    rest = stream.flush()
-    generation.text += rest
-    if rest:
-        yield rest

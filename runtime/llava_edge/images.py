@@ -37,7 +37,7 @@ _TARGET_PIXELS = 4_000_000
 
 # First bytes, Pillow's module and class. The class is called directly: Image.open would load every plug-in, and
 # report large pictures through the warnings of the whole process.
-_READERS = (
+READERS = (
     (b"\xff\xd8\xff", "JpegImagePlugin", "JpegImageFile"),
     (b"\x89PNG\r\n\x1a\n", "PngImagePlugin", "PngImageFile"),
     (b"RIFF", "WebPImagePlugin", "WebPImageFile"),
@@ -93,6 +93,18 @@ def open_image(source: ImageSource, *, pad_color: tuple[int, int, int] = (255, 2
         )
     path = Path(source)
     return _decode(_read_file(path), str(path), pad_color)
+
+
+def read(source: ImageSource, spec: ImageSpec | None, pad_color: tuple[int, int, int]) -> Image.Image:
+    """Open a picture as :func:`open_image` does, and :func:`fit` it if the tower wants it whole and in one size."""
+    image = open_image(source, pad_color=pad_color)
+    return image if spec is None or spec.mode == "anyres" else fit(image, spec)
+
+
+def kind(data: bytes) -> str:
+    """The name of a picture file's format, as in ``image/jpeg``."""
+    module, _ = _reader(data[:_MAGIC_BYTES], "the picture")
+    return module.removesuffix("ImagePlugin").lower()
 
 
 def content_hash(image: Image.Image) -> str:
@@ -170,7 +182,7 @@ def _read_file(path: Path) -> bytes:
 
 def _reader(start: bytes, name: str) -> tuple[str, str]:
     """Pillow's module and class for a file that starts with these bytes."""
-    for magic, module, reader in _READERS:
+    for magic, module, reader in READERS:
         if start.startswith(magic) and (magic != b"RIFF" or start[8:12] == b"WEBP"):
             return module, reader
     raise ImageError(f"{name} is not a picture that can be read", hint=f"Supported formats: {', '.join(FORMATS)}.")

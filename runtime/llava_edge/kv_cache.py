@@ -6,7 +6,9 @@ always evaluated in the same pieces, and an answer from a kept prefix is bit-ide
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import mmap
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,18 +33,31 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
+    """A unit in the cache, and where it ends."""
+
     unit: Unit
     tokens: int  # in the cache up to the unit's end
     end: int  # position after the unit
 
 
 class KvCache:
-    """The engine's cache and a list of the units in it. The list is never ahead of the cache."""
+    """A sequence of the engine's cache and a list of the units in it. The list is never ahead of the cache."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, seq: int = 0) -> None:
+        self.seq = seq
         self._engine = engine
-        self._entries: list[_Entry] = []
+        self._entries: list[Entry] = []
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """What is in the cache, and where each unit ends."""
+        return self._entries
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What is in the cache."""
+        return tuple(entry.unit for entry in self._entries)
 
     @property
     def tokens(self) -> int:
@@ -62,6 +77,18 @@ class KvCache:
         ContextFullError
             The units and one more token don't fit; the cache is as it was.
         """
+        steps = self.prefill_steps(units, images)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                prefill: Prefill = done.value
+                return prefill
+
+    def prefill_steps(
+        self, units: Sequence[Unit], images: Mapping[str, EncodedImage]
+    ) -> Generator[None, None, Prefill]:
+        """The same as :meth:`prefill`, with a pause between batches. Closing it leaves whole units in the cache."""
         sizes = [len(u.ids) if isinstance(u, TokenRun) else images[u.key].n_tokens for u in units]
         needed = sum(sizes)
         if needed >= self._engine.n_ctx:
@@ -71,13 +98,20 @@ class KvCache:
             )
         kept = self._keep(self._common(units))
         for index, unit in enumerate(units[kept:], kept):
-            self._evaluate(unit, images, last=index == len(units) - 1)
+            if index > kept:
+                yield
+            yield from self._evaluate(unit, images, last=index == len(units) - 1)
         image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
         return Prefill(needed, sum(sizes[:kept]), image)
 
     def append(self, token: int) -> None:
         """Evaluate one more token of an answer."""
-        self._evaluate(TokenRun((token,)), {}, last=True)
+        self._engine.decode_tokens((token,), seq=self.seq)
+        self.appended(token)
+
+    def appended(self, token: int) -> None:
+        """Note one more token of an answer, which the engine has evaluated."""
+        self._note(TokenRun((token,)), 1)
 
     def logits(self) -> NDArray[np.float32]:
         """Logits after the last unit, ``float32 [V]``."""
@@ -87,42 +121,62 @@ class KvCache:
         """Forget everything."""
         self._keep(0)
 
+    def save(self) -> SavedCache:
+        """A copy of what is in the cache."""
+        return SavedCache(tuple(self._entries), self._engine, self.seq)
+
+    def restore(self, saved: SavedCache) -> None:
+        """Replace what is in the cache by a copy."""
+        self._entries.clear()
+        saved.load(self._engine, self.seq)
+        self._entries.extend(saved.entries)
+
     def _common(self, units: Sequence[Unit]) -> int:
-        """Units that can stay. The last one is evaluated again, because only that gives its logits."""
-        count = 0
-        for entry, unit in zip(self._entries, units[:-1], strict=False):
-            if entry.unit != unit:
-                break
-            count += 1
-        return count
+        return common_units([entry.unit for entry in self._entries], units)
 
     def _keep(self, count: int) -> int:
         """Cut the list first and the cache to fit it; 0 if the model can only forget everything."""
         del self._entries[count:]
-        if not self._engine.truncate(self._entries[-1].end if self._entries else 0):
+        if not self._engine.truncate(self._entries[-1].end if self._entries else 0, self.seq):
             self._entries.clear()
         return len(self._entries)
 
-    def _evaluate(self, unit: Unit, images: Mapping[str, EncodedImage], *, last: bool) -> None:
-        engine = self._engine
-        start = engine.n_past
+    def _evaluate(self, unit: Unit, images: Mapping[str, EncodedImage], *, last: bool) -> Iterator[None]:
+        start = self._engine.position(self.seq)
         try:
             if isinstance(unit, TokenRun):
                 tokens = len(unit.ids)
-                engine.decode_tokens(unit.ids, logits=last)
+                yield from self._evaluate_tokens(unit.ids, last)
             else:
                 tokens = images[unit.key].n_tokens
-                self._evaluate_image(images[unit.key], last)
+                yield from self._evaluate_image(images[unit.key], last)
         except BaseException:
-            engine.truncate(start)
+            self._engine.truncate(start, self.seq)
             raise
-        self._entries.append(_Entry(unit, self.tokens + tokens, engine.n_past))
+        self._note(unit, tokens)
 
-    def _evaluate_image(self, image: EncodedImage, last: bool) -> None:
+    def _note(self, unit: Unit, tokens: int) -> None:
+        self._entries.append(Entry(unit, self.tokens + tokens, self._engine.position(self.seq)))
+
+    def _evaluate_tokens(self, ids: Sequence[int], last: bool) -> Iterator[None]:
+        for piece in self._pieces(len(ids)):
+            if piece.start:
+                yield
+            self._engine.decode_tokens(ids[piece], logits=last and piece.stop == len(ids), seq=self.seq)
+
+    def _evaluate_image(self, image: EncodedImage, last: bool) -> Iterator[None]:
         for index, chunk in enumerate(image.chunks):
             logits = last and index == len(image.chunks) - 1
+            if index:
+                yield
             if chunk.embeddings is None:
-                self._engine.decode_tokens(chunk.tokens, logits=logits)
+                yield from self._evaluate_tokens(chunk.tokens, logits)
+            elif chunk.positions is None and chunk.causal:
+                for piece in self._pieces(chunk.n_tokens):
+                    if piece.start:
+                        yield
+                    wanted = logits and piece.stop == chunk.n_tokens
+                    self._engine.decode_embeddings(chunk.embeddings[piece], logits=wanted, seq=self.seq)
             else:
                 self._engine.decode_embeddings(
                     chunk.embeddings,
@@ -130,4 +184,40 @@ class KvCache:
                     n_pos=chunk.n_pos,
                     causal=chunk.causal,
                     logits=logits,
+                    seq=self.seq,
                 )
+
+    def _pieces(self, count: int) -> Iterator[slice]:
+        """The places at which the engine would cut a run itself."""
+        for start in range(0, count, self._engine.n_batch):
+            yield slice(start, min(count, start + self._engine.n_batch))
+
+
+class SavedCache:
+    """A copy of a sequence's cache in memory of its own, which goes back to the system when it is dropped."""
+
+    def __init__(self, entries: tuple[Entry, ...], engine: Engine, seq: int) -> None:
+        self.entries = entries
+        self.nbytes = engine.state_size(seq)
+        memory = mmap.mmap(-1, self.nbytes)
+        self._state = (ctypes.c_uint8 * self.nbytes).from_buffer(memory)
+        engine.save_state(seq, self._state)
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What the copy holds."""
+        return tuple(entry.unit for entry in self.entries)
+
+    def load(self, engine: Engine, seq: int) -> None:
+        """Put the copy into a sequence of the engine's cache."""
+        engine.restore_state(seq, self._state, self.entries[-1].end if self.entries else 0)
+
+
+def common_units(held: Sequence[Unit], units: Sequence[Unit]) -> int:
+    """How many of the first units can stay. The last one is evaluated again, because only that gives its logits."""
+    count = 0
+    for have, want in zip(held, units[:-1], strict=False):
+        if have != want:
+            break
+        count += 1
+    return count

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from llava_edge import images
 from llava_edge.bundle import Bundle, resolve_model
 from llava_edge.engine import Engine, check_gguf
 from llava_edge.errors import InputError, ModelError
+from llava_edge.generate import TokenLoop
 from llava_edge.kv_cache import KvCache
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
 from llava_edge.vision import EncodedImage
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    from llava_edge.bundle import VisualTokens
     from llava_edge.chat_template import TemplateFormat
-    from llava_edge.generate import Generation
+    from llava_edge.generate import Chooser, Generation
     from llava_edge.images import ImageSource
     from llava_edge.session import ChatSession
+    from llava_edge.types import ImageSpec
     from llava_edge.vision import VisionEncoder
     from llava_edge.vision.anyres import Layout
 
@@ -49,6 +53,7 @@ def load(
     n_gpu_layers: int | None = None,
     image_tokens: int | None = None,
     vision_backend: str = "auto",
+    n_seq_max: int = 1,
     verbose: bool = False,
 ) -> Model:
     """Load a model.
@@ -70,6 +75,8 @@ def load(
     vision_backend
         What runs the vision tower: ``"onnx"``, ``"mtmd"``, or ``"auto"`` for the first in the manifest's order that
         passes the self-check.
+    n_seq_max
+        Conversations that the KV cache holds side by side, each with a context of its own; a chat uses the first.
     verbose
         Log at level DEBUG what llama.cpp says (logger ``llava_edge.native``).
 
@@ -79,7 +86,8 @@ def load(
         No such model, a damaged file, or parts that don't belong together.
     """
     started = time.perf_counter()
-    for name, value in (("n_ctx", n_ctx), ("n_threads", n_threads), ("image_tokens", image_tokens)):
+    counts = {"n_ctx": n_ctx, "n_threads": n_threads, "image_tokens": image_tokens, "n_seq_max": n_seq_max}
+    for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
     if verbose:
@@ -90,7 +98,7 @@ def load(
         parts = _bundle_parts(model or DEFAULT_MODEL, image_tokens, vision_backend)
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
-    engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
+    engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_seq_max=n_seq_max)
     try:
         return Model(engine, parts, started)
     except BaseException:
@@ -122,6 +130,17 @@ class Picture:
     image: Image.Image = field(repr=False)
     tiles: tuple[Image.Image, ...] = field(default=(), repr=False)
     layout: Layout | None = None
+
+
+def arrange(name: str, image: Image.Image, spec: ImageSpec | None) -> Picture:
+    """A picture that :func:`images.read` gave, with its tiles where the tower looks at tiles."""
+    key = images.content_hash(image)
+    if spec is None or spec.mode != "anyres":
+        return Picture(name, key, image)
+    from llava_edge.vision import anyres
+
+    (whole, *tiles), layout = anyres.split(image, spec)
+    return Picture(name, key, whole, tuple(tiles), layout)
 
 
 class Model:
@@ -180,6 +199,20 @@ class Model:
 
         return ChatSession(self, system)
 
+    def token_loop(
+        self, generation: Generation, sampler: Chooser, max_tokens: int, stop: Sequence[str] = ()
+    ) -> TokenLoop:
+        """The loop of an answer, with what ends one in this model."""
+        return TokenLoop(
+            generation,
+            sampler,
+            self.engine,
+            max_tokens=max_tokens,
+            stop_tokens=self.stop_tokens,
+            stop_texts=(*self.stop_texts, *stop),
+            strip_blank=self.engine.spm,
+        )
+
     def describe(self) -> dict[str, Any]:
         """What this model is made of and how it runs, for people."""
         return {
@@ -193,42 +226,58 @@ class Model:
             "image_tokens": self.image_tokens,
         }
 
+    @property
+    def picture_settings(self) -> tuple[ImageSpec | None, tuple[int, int, int]]:
+        """What pictures are fitted to, None for a raw pair, and what shows through where they are transparent."""
+        if self._parts.bundle is None:
+            return None, (255, 255, 255)
+        spec = self._parts.bundle.manifest.image
+        return spec, spec.pad_color
+
+    @property
+    def visual_tokens(self) -> VisualTokens | None:
+        """What the manifest says of a picture's tokens; None for a raw pair."""
+        return None if self._parts.bundle is None else self._parts.bundle.manifest.visual_tokens
+
     def open_picture(self, source: ImageSource, number: int = 1) -> Picture:
         """Read a picture under limits and bring it to the tower's size; ImageError says what is wrong with it."""
         name = Path(source).name if isinstance(source, (str, os.PathLike)) else f"image {number}"
-        if self._parts.bundle is None:
-            image = images.open_image(source)
-            return Picture(name, images.content_hash(image), image)
-        spec = self._parts.bundle.manifest.image
-        image = images.open_image(source, pad_color=spec.pad_color)
-        if spec.mode == "anyres":
-            from llava_edge.vision import anyres
+        spec, pad_color = self.picture_settings
+        return arrange(name, images.read(source, spec, pad_color), spec)
 
-            (whole, *tiles), layout = anyres.split(image, spec)
-            return Picture(name, images.content_hash(image), whole, tuple(tiles), layout)
-        image = images.fit(image, spec)
-        return Picture(name, images.content_hash(image), image)
+    def encode(self, picture: Picture, image_tokens: int | None = None) -> EncodedImage:
+        """The picture as the language model reads it. A picture is encoded once.
 
-    def encode(self, picture: Picture) -> EncodedImage:
-        """The picture as the language model reads it. A picture is encoded once."""
-        encoded = self._encoded.get(picture.key)
+        ``image_tokens`` is the number of its tokens, if it is not the model's ``image_tokens``; bundles only.
+        """
+        key = self.encoded_key(picture, image_tokens)
+        encoded = self._encoded.get(key)
         if encoded is None:
-            encoded = self._encode(picture)
-            self._encoded[picture.key] = encoded
+            encoded = self._encode(picture, key, image_tokens or self.image_tokens)
+            self._encoded[key] = encoded
             while len(self._encoded) > 1 and sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES:
                 self._encoded.popitem(last=False)
-        self._encoded.move_to_end(picture.key)
+        self._encoded.move_to_end(key)
         return encoded
+
+    def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
+        """Whether :meth:`encode` would find the embeddings in memory."""
+        return self.encoded_key(picture, image_tokens) in self._encoded
+
+    def encoded_key(self, picture: Picture, image_tokens: int | None = None) -> str:
+        """The key of what :meth:`encode` gives."""
+        default = image_tokens in (None, self.image_tokens)
+        return picture.key if default else f"{picture.key}-{image_tokens}"
 
     def forget(self) -> None:
         """Empty the KV cache and drop all embeddings: the next question is answered as if it were the first."""
         self.cache.clear()
         self._encoded.clear()
 
-    def _encode(self, picture: Picture) -> EncodedImage:
+    def _encode(self, picture: Picture, key: str, image_tokens: int | None) -> EncodedImage:
         bundle = self._parts.bundle
-        if bundle is None or self.image_tokens is None:
-            return self._encode_raw(picture)
+        if bundle is None or image_tokens is None:
+            return self._encode_raw(picture, key)
         encoder = self._load_encoder(bundle)
         tokens = bundle.manifest.visual_tokens
         parts = encoder.encode([picture.image, *picture.tiles])
@@ -236,17 +285,17 @@ class Model:
             raise ModelError(
                 f"the vision tower gives {len(parts[0])} tokens a picture; the manifest says {tokens.full}"
             )
-        pooled = [pool(part, tokens.grid, self.image_tokens) for part in parts]
+        pooled = [pool(part, tokens.grid, image_tokens) for part in parts]
         if picture.layout is None:
-            return EncodedImage.of(picture.key, pooled[0])
+            return EncodedImage.of(key, pooled[0])
         from llava_edge.vision import anyres
 
         if self._newline is None:
             self._newline = anyres.read_newline(bundle.file("mmproj"))
-        cells = pooled_grid(tokens.grid, self.image_tokens)
-        return EncodedImage.of(picture.key, anyres.assemble(pooled, cells, picture.layout, self._newline))
+        cells = pooled_grid(tokens.grid, image_tokens)
+        return EncodedImage.of(key, anyres.assemble(pooled, cells, picture.layout, self._newline))
 
-    def _encode_raw(self, picture: Picture) -> EncodedImage:
+    def _encode_raw(self, picture: Picture, key: str) -> EncodedImage:
         """A picture of a raw pair, with everything that libmtmd puts around it."""
         from llava_edge.vision.mtmd import MtmdEncoder
 
@@ -254,7 +303,7 @@ class Model:
             assert self._parts.mmproj is not None
             self._encoder = MtmdEncoder(self._parts.mmproj, self.engine)
         assert isinstance(self._encoder, MtmdEncoder)
-        encoded = EncodedImage(picture.key, self._encoder.encode_chunks(picture.image))
+        encoded = EncodedImage(key, self._encoder.encode_chunks(picture.image))
         if self._template is not None:
             self._template.marked_images = encoded.marked
         return encoded

@@ -186,17 +186,7 @@ class ChatSession:
             model.answering = generation
             clock = _Clock(started)
             turn, prefill = self._prepare(text, sources, clock)
-            pieces = generate(
-                generation,
-                model.cache,
-                Sampler(params),
-                model.engine,
-                max_tokens=max_tokens,
-                stop_tokens=model.stop_tokens,
-                stop_texts=(*model.stop_texts, *stop),
-                strip_blank=model.engine.spm,
-            )
-            for piece in pieces:
+            for piece in generate(model.token_loop(generation, Sampler(params), max_tokens, stop), model.cache):
                 yield Chunk(piece)
             self._commit(turn, generation)
             yield Chunk("", self._reply(generation, prefill, clock))

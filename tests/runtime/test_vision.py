@@ -12,7 +12,7 @@ from PIL import Image
 import llava_edge
 from llava_edge import native
 from llava_edge.bundle import Probe, open_bundle
-from llava_edge.engine import Engine
+from llava_edge.engine import Engine, EngineError
 from llava_edge.errors import InputError, ModelError
 from llava_edge.images import open_image
 from llava_edge.kv_cache import KvCache
@@ -221,3 +221,16 @@ def test_bundles_hand_over_pictures_of_the_exact_size(tiny_model: llava_edge.Mod
     same = tiny_model.open_picture(open_image(pictures[0]))
     assert same.key == picture.key
     assert tiny_model.encode(same) is tiny_model.encode(picture)
+
+
+def test_another_thread_can_stop_the_tower(nano: llava_edge.Model) -> None:
+    picture = nano.open_picture(np.full((224, 224, 3), 90, np.uint8))
+    nano.engine.stopping = True
+    try:
+        with pytest.raises(EngineError, match="stopped"):
+            nano.encode(picture)
+    finally:
+        nano.engine.stopping = False
+    assert not nano.is_encoded(picture)
+    nano.encode(picture)
+    assert nano.is_encoded(picture)

@@ -176,7 +176,7 @@ class LocalLlm:
 
     def complete(self, messages: Sequence[Message], max_tokens: int) -> Completion:
         """See :class:`Llm`. The instructions and examples stay in the KV cache from picture to picture."""
-        from llava_edge.generate import Generation, generate
+        from llava_edge.generate import Generation, TokenLoop, generate
         from llava_edge.prompt import Segment, UserText
         from llava_edge.sampling import Sampler
 
@@ -192,11 +192,10 @@ class LocalLlm:
         with self._lock:
             prefill = self._cache.prefill(self._tokenizer.units(segments), {})
             generation = Generation()
-            pieces = generate(
-                generation, self._cache, Sampler(self._params), self._engine,
-                max_tokens=max_tokens, strip_blank=self._engine.spm,
-            )  # fmt: skip
-            for _ in pieces:
+            loop = TokenLoop(
+                generation, Sampler(self._params), self._engine, max_tokens=max_tokens, strip_blank=self._engine.spm
+            )
+            for _ in generate(loop, self._cache):
                 pass
         tokens = prefill.tokens + len(generation.ids)
         return Completion(generation.text, tokens, generation.finish_reason == "length")

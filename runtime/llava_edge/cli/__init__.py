@@ -20,6 +20,7 @@ from llava_edge.errors import LlavaEdgeError
 # name -> (module:attribute, the line in the list of commands)
 COMMANDS = {
     "chat": ("llava_edge.cli.chat:chat", "Ask about pictures: one question, or a conversation."),
+    "serve": ("llava_edge.cli.serve:serve", "Answer programs (OpenAI's protocol) and people (a web page)."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "quantize": ("llava_edge.cli.quantize:quantize", "Make a bundle smaller."),
     "imatrix": ("llava_edge.cli.imatrix:imatrix", "Learn from pictures and answers which weights matter most."),

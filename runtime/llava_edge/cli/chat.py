@@ -16,6 +16,7 @@ from llava_edge.types import SamplingParams
 
 if TYPE_CHECKING:
     from llava_edge.model import Model
+    from llava_edge.remote import RemoteChat, RemoteModel
     from llava_edge.session import ChatSession
 
 MAX_STDIN_BYTES = 16 * 1024 * 1024
@@ -34,6 +35,10 @@ MAX_STDIN_BYTES = 16 * 1024 * 1024
 @click.option("--model", metavar="NAME|DIR", help="A model's name or a bundle's directory.  [default: nano]")
 @click.option("--llm", metavar="GGUF", type=click.Path(path_type=Path), help="A language model; needs --mmproj.")
 @click.option("--mmproj", metavar="GGUF", type=click.Path(path_type=Path), help="Its vision tower and projector.")
+@click.option("--server", metavar="URL", help="Ask a running `llava-edge serve` instead of loading a model.")
+@click.option(
+    "--api-key-file", metavar="FILE", type=click.Path(path_type=Path), help="With --server: its key, in the first line."
+)
 @click.option("--system", metavar="TEXT", help="The system message.")
 @click.option(
     "--temperature",
@@ -105,6 +110,8 @@ def chat(
     as_json: bool,
     stats: bool,
     quiet: bool,
+    server: str | None,
+    api_key_file: Path | None,
     **options: Any,
 ) -> None:
     """Ask a vision-language model about pictures.
@@ -121,8 +128,12 @@ def chat(
         log.setLevel(logging.ERROR)
     sampling = {name: options.pop(name) for name in ("temperature", "top_p", "top_k", "min_p", "seed")}
     check_model_choice(options)
+    check_server_choice(options, server, api_key_file)
     question = None if prompt is None else read_question(prompt)
-    with load_model(options) as model, model.chat(system=system) as session:
+    with (
+        connect(server, api_key_file, options) if server else load_model(options) as model,
+        model.chat(system=system) as session,
+    ):
         if question is not None:
             ask_once(session, question, images, max_tokens, sampling, as_json=as_json, stats=stats, quiet=quiet)
             return
@@ -148,7 +159,33 @@ def check_model_choice(options: dict[str, Any]) -> None:
         )
 
 
-def load_model(options: dict[str, Any]) -> Model:
+def check_server_choice(options: dict[str, Any], server: str | None, api_key_file: Path | None) -> None:
+    """Refuse options that a server has decided on already."""
+    own = ("model", "llm", "mmproj", "n_ctx", "threads", "n_gpu_layers")
+    given = [f"--{name.replace('_', '-')}" for name in own if options[name] is not None]
+    if server is not None and given:
+        raise click.UsageError(f"--server excludes {given[0]}: the server has loaded its model already")
+    if server is None and api_key_file is not None:
+        raise click.UsageError("--api-key-file needs --server")
+
+
+def connect(server: str, api_key_file: Path | None, options: dict[str, Any]) -> RemoteModel:
+    """The model of a running server."""
+    from llava_edge.remote import RemoteModel
+
+    key = None
+    if api_key_file is not None:
+        try:
+            lines = api_key_file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"can't read {api_key_file}: {getattr(error, 'strerror', None) or 'not text'}") from None
+        key = next((line.strip() for line in lines if line.strip() and not line.startswith("#")), None)
+        if key is None:
+            raise InputError(f"{api_key_file} holds no API key")
+    return RemoteModel(server, key, image_tokens=options["image_tokens"])
+
+
+def load_model(options: dict[str, Any], n_seq_max: int = 1) -> Model:
     """Load what the model options name."""
     import llava_edge
 
@@ -161,6 +198,7 @@ def load_model(options: dict[str, Any]) -> Model:
         n_gpu_layers=options["n_gpu_layers"],
         image_tokens=options["image_tokens"],
         vision_backend=options["vision_backend"],
+        n_seq_max=n_seq_max,
         verbose=log.isEnabledFor(logging.DEBUG),
     )
 
@@ -193,7 +231,7 @@ def checked_text(text: str) -> str:
 
 
 def ask_once(
-    session: ChatSession,
+    session: ChatSession | RemoteChat,
     question: str,
     images: tuple[Path, ...],
     max_tokens: int,

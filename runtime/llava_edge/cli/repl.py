@@ -16,6 +16,7 @@ from llava_edge.types import Reply, SamplingParams
 
 if TYPE_CHECKING:
     from llava_edge.model import Model
+    from llava_edge.remote import RemoteChat, RemoteModel
     from llava_edge.session import ChatSession
 
 HELP = """\
@@ -71,7 +72,13 @@ class Repl:
     """Reads lines until the person leaves."""
 
     def __init__(
-        self, model: Model, session: ChatSession, settings: Settings, *, system: str | None = None, quiet: bool = False
+        self,
+        model: Model | RemoteModel,
+        session: ChatSession | RemoteChat,
+        settings: Settings,
+        *,
+        system: str | None = None,
+        quiet: bool = False,
     ) -> None:
         self.model = model
         self.session = session

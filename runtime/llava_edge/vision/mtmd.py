@@ -18,13 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_edge import native
-from llava_edge.engine import Engine, check_gguf
+from llava_edge.engine import Engine, EngineError, check_gguf
 from llava_edge.errors import ImageError, ModelError
 from llava_edge.vision import ImageChunk
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
+
+# Steps of the tower between two looks at whether the result is still wanted. A look costs nothing that can be measured.
+_STEPS_BETWEEN_LOOKS = 40
 
 _WIDTHS = re.compile(r"text model \(n_embd = (\d+)\) and mmproj \(n_embd = (\d+)\)")
 
@@ -49,6 +52,8 @@ class MtmdEncoder:
         params.print_timings = False
         params.n_threads = n_threads or engine.n_threads
         params.warmup = False
+        self._steps = 0
+        params.cb_eval = self._callback = native.llama().ggml_backend_sched_eval_callback(self._go_on)
         native.forget_errors()
         start = functools.partial(
             self._library.mtmd_init_from_file, os.fsencode(self.path), engine.model_pointer, params
@@ -106,7 +111,10 @@ class MtmdEncoder:
             tokens = library.mtmd_input_chunk_get_tokens_text(chunk, ctypes.byref(length))
             return ImageChunk(count, count, tokens=tuple(tokens[: length.value]))
         native.forget_errors()
-        if self._engine.worker.run(functools.partial(library.mtmd_encode_chunk, self._context, chunk)) != 0:
+        status = self._engine.worker.run(functools.partial(library.mtmd_encode_chunk, self._context, chunk))
+        if self._engine.stop_wanted:
+            raise EngineError("the picture's evaluation was stopped")
+        if status != 0:
             raise ModelError(f"the vision tower {self.path} failed{_because()}")
         embeddings = self._output(count)
         return ImageChunk(
@@ -116,6 +124,13 @@ class MtmdEncoder:
             positions=self._positions(chunk, count),
             causal=not library.mtmd_decode_use_non_causal(self._context, chunk),
         )
+
+    def _go_on(self, _tensor: Any, ask: bool, _data: Any) -> bool:
+        """Libmtmd asks at each step whether to show its result, and after those that were shown whether to go on."""
+        if not ask:
+            return not self._engine.stop_wanted
+        self._steps += 1
+        return self._steps % _STEPS_BETWEEN_LOOKS == 0
 
     def _output(self, count: int) -> NDArray[np.float32]:
         pointer = self._library.mtmd_get_output_embd(self._context)

@@ -1,0 +1,134 @@
+"""Where conversations lie in the KV cache, and how a prompt finds what was evaluated before.
+
+A lane is one sequence of the cache. What a lane held before it is used for another conversation is kept as a copy in
+memory, so that the conversation goes on from there when its next question comes. A prompt that begins like a
+conversation that another lane is busy with gets a copy of the common beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llava_edge.engine import Engine
+from llava_edge.kv_cache import Entry, KvCache, SavedCache, common_units
+from llava_edge.prompt import Unit
+
+# A copy costs more than it saves below this many tokens.
+MIN_SHARED_TOKENS = 16
+STORE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass
+class Lane:
+    """One sequence of the KV cache."""
+
+    cache: KvCache
+    busy: bool = False
+    used: int = 0  # when, by the count of answers
+
+    @property
+    def seq(self) -> int:
+        """The engine's number of the sequence."""
+        return self.cache.seq
+
+
+@dataclass
+class Lanes:
+    """All lanes of an engine, and copies of conversations that have none, up to ``store_bytes``."""
+
+    engine: Engine
+    store_bytes: int
+    lanes: list[Lane] = field(init=False)
+    stored: list[SavedCache] = field(init=False, default_factory=list)  # the least recently used first
+    _count: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.lanes = [Lane(KvCache(self.engine, seq)) for seq in range(self.engine.n_seq_max)]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Memory of the copies."""
+        return sum(saved.nbytes for saved in self.stored)
+
+    def free(self) -> bool:
+        """Whether a conversation can be taken in."""
+        return any(not lane.busy for lane in self.lanes)
+
+    def take(self, units: Sequence[Unit]) -> Lane:
+        """A free lane that holds as much of the beginning of a prompt as is known; it is busy from now on."""
+        idle = [lane for lane in self.lanes if not lane.busy]
+        own = max(idle, key=lambda lane: (_worth(lane.cache.entries, units), not lane.cache.entries, -lane.used))
+        shared = _shared(own.cache.entries, units)
+        if shared < own.cache.tokens:  # it loses something
+            self._keep(own)
+        sources: list[Sequence[Entry]] = [saved.entries for saved in self.stored]
+        sources += [lane.cache.entries for lane in self.lanes if lane.busy]
+        best = max(sources, key=lambda entries: _shared(entries, units), default=())
+        if _worth(best, units) > shared:
+            own.cache.restore(self._copy_of(best))
+        own.busy = True
+        return own
+
+    def release(self, lane: Lane) -> None:
+        """The answer is over; what it has evaluated stays."""
+        self._count += 1
+        lane.busy, lane.used = False, self._count
+
+    def _copy_of(self, entries: Sequence[Entry]) -> SavedCache:
+        for saved in self.stored:
+            if saved.entries is entries:
+                self.stored.remove(saved)
+                self.stored.append(saved)
+                return saved
+        return next(lane for lane in self.lanes if lane.cache.entries is entries).cache.save()
+
+    def _keep(self, lane: Lane) -> None:
+        """Copy what a lane holds, in place of older copies of the same conversation."""
+        units = lane.cache.units
+        if any(saved.units[: len(units)] == units for saved in self.stored):
+            return
+        saved = lane.cache.save()
+        if saved.nbytes > self.store_bytes:
+            return
+        self.stored = [old for old in self.stored if units[: len(old.entries)] != old.units]
+        self.stored.append(saved)
+        while self.stored_bytes > self.store_bytes:
+            del self.stored[0]
+
+
+def exact_rows(engine: Engine) -> int:
+    """How many sequences can be evaluated together without changing a bit of their logits, on this machine.
+
+    Kernels for many rows add in another order than those for one. The engine's sequences have to be empty.
+    """
+    sequences = range(engine.n_seq_max)
+    prompts = [[(index * 7919 + seq * 104729) % engine.n_vocab for index in range(1, 17)] for seq in sequences]
+    alone = []
+    try:
+        for seq in sequences:
+            engine.decode_tokens(prompts[seq][:-1], seq=seq)
+            alone.append(engine.decode_each({seq: prompts[seq][-1]})[0].tobytes())
+            engine.truncate(15, seq)
+        for rows in range(2, engine.n_seq_max + 1):
+            together = engine.decode_each({seq: prompts[seq][-1] for seq in range(rows)})
+            if any(together[seq].tobytes() != alone[seq] for seq in range(rows)):
+                return rows - 1
+            for seq in range(rows):
+                engine.truncate(15, seq)
+    finally:
+        for seq in sequences:
+            engine.truncate(0, seq)
+    return engine.n_seq_max
+
+
+def _shared(entries: Sequence[Entry], units: Sequence[Unit]) -> int:
+    """Tokens at the beginning of a prompt that these entries hold."""
+    count = common_units([entry.unit for entry in entries], units)
+    return entries[count - 1].tokens if count else 0
+
+
+def _worth(entries: Sequence[Entry], units: Sequence[Unit]) -> int:
+    """The same, 0 where it is too little to matter."""
+    shared = _shared(entries, units)
+    return shared if shared >= MIN_SHARED_TOKENS else 0

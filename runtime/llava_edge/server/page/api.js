@@ -1,0 +1,51 @@
+// The server, by the same protocol that every other program speaks.
+
+async function request(path, options = {}) {
+  const headers = { ...options.headers };
+  if (settings.values.key) headers.Authorization = `Bearer ${settings.values.key}`;
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  let message = `The server answers with status ${response.status}.`;
+  try { message = (await response.json()).error.message; } catch { /* no JSON: the status has to do */ }
+  const error = new Error(message);
+  error.status = response.status;
+  throw error;
+}
+
+async function* streamAnswer(messages, signal) {
+  const { temperature, maxTokens, imageTokens } = settings.values;
+  const body = { messages, temperature, max_tokens: maxTokens, stream: true, stream_options: { include_usage: true } };
+  if (imageTokens) body.image_tokens = imageTokens;
+  const response = await request("v1/chat/completions", {
+    method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
+  });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) throw new Error("The server ended the answer before its end.");
+    held += value;
+    const events = held.split("\n\n");
+    held = events.pop();
+    for (const each of events) {
+      const data = each.replace(/^data: /, "");
+      if (data === "[DONE]") return;
+      const message = JSON.parse(data);
+      if (message.error) throw new Error(message.error.message);
+      yield message;
+    }
+  }
+}
+
+function asMessages(conversation, count) {
+  const messages = settings.values.system.trim() ? [{ role: "system", content: settings.values.system }] : [];
+  for (const message of conversation.messages.slice(0, count)) {
+    if (message.role === "assistant") {
+      if (message.text) messages.push({ role: "assistant", content: message.text });
+    } else messages.push({ role: "user", content: [
+      ...message.pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } })),
+      ...(message.text ? [{ type: "text", text: message.text }] : []),
+    ] });
+  }
+  return messages;
+}

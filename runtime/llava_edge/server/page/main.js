@@ -1,0 +1,341 @@
+// The page: one conversation is shown, a list of all stands beside it.
+
+const $ = (id) => document.getElementById(id);
+const SUGGESTIONS = ["Describe this picture.", "What animal is in this picture?", "What is in the background?", "Is there a person in it?"];
+const KEEP_EVERY = 500; // milliseconds between copies of an answer that is being written
+let conversation;
+let attached = [];
+let answering = null; // the AbortController of the answer that is being written
+let model = null;
+
+const narrow = matchMedia("(max-width: 760px)");
+const scroller = $("messages");
+
+function warn(text) {
+  $("alert").textContent = text;
+  $("alert").hidden = !text;
+}
+
+// Conversations
+
+function begin() {
+  conversation = { id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [], changed: 0 };
+  show();
+}
+
+function show() {
+  settings.set("current", conversation.id);
+  warn("");
+  scroller.replaceChildren(...conversation.messages.map(messageElement));
+  scroller.scrollTop = scroller.scrollHeight;
+  refresh();
+}
+
+function refresh() {
+  $("welcome").hidden = conversation.messages.length > 0;
+  $("title").textContent = conversation.title || "New conversation";
+  document.title = conversation.title ? `${conversation.title} – llava-edge` : "llava-edge";
+  $("send").hidden = Boolean(answering);
+  $("stop").hidden = !answering;
+  $("attached").hidden = !attached.length;
+  $("suggestions").hidden = !attached.length || conversation.messages.length > 0 || Boolean($("question").value);
+  $("conversations").replaceChildren(...store.list().map(listElement));
+}
+
+function listElement(each) {
+  const current = each.id === conversation.id;
+  const pick = element("button", { class: "pick", type: "button", onclick: () => select(each) }, each.title || "Pictures");
+  if (current) pick.setAttribute("aria-current", "true");
+  const drop = element("button", { class: "drop icon", type: "button", "aria-label": `Delete “${each.title}”`, onclick: () => forget(each) }, cross());
+  return element("li", { class: current ? "current" : "" }, pick, drop);
+}
+
+function cross() {
+  return $("close-sidebar").querySelector("svg").cloneNode(true);
+}
+
+function select(each) {
+  stop();
+  conversation = each;
+  show();
+  sidebar(false);
+}
+
+function forget(each) {
+  store.remove(each.id);
+  if (each.id !== conversation.id) { refresh(); return; }
+  stop();
+  begin();
+}
+
+// Messages
+
+function messageElement(message, index) {
+  return message.role === "user" ? questionElement(message, index) : answerElement(message, index);
+}
+
+function questionElement(message, index) {
+  const pictures = element("div", { class: `pictures${message.pictures.length > 1 ? " many" : ""}` }, ...message.pictures.map((picture) =>
+    element("button", { type: "button", "aria-label": `Show ${picture.name}`, onclick: () => view(picture) }, element("img", { src: picture.url, alt: picture.name }))));
+  const edit = element("button", { type: "button", onclick: () => editQuestion(index) }, "Edit");
+  return element("article", { class: "message user", "aria-label": "Your question" },
+    ...(message.pictures.length ? [pictures] : []),
+    ...(message.text ? [element("div", { class: "text" }, message.text)] : []),
+    element("div", { class: "foot" }, edit));
+}
+
+function answerElement(message, index) {
+  const text = element("div", { class: "text" }, ...rendered(message.text));
+  const foot = element("div", { class: "foot" });
+  if (message.error) foot.append(element("span", { class: "failed figures" }, message.error));
+  if (message.figures) foot.append(element("span", { class: "figures" }, message.figures));
+  if (message.text) {
+    const copy = element("button", { type: "button", onclick: async () => {
+      await copyText(message.text);
+      copy.textContent = "Copied";
+      setTimeout(() => { copy.textContent = "Copy"; }, 1500);
+    } }, "Copy");
+    foot.append(copy);
+  }
+  foot.append(element("button", { type: "button", onclick: () => again(index) }, "Ask again"));
+  return element("article", { class: "message assistant", "aria-label": "Answer" }, text, foot);
+}
+
+async function copyText(text) {
+  if (navigator.clipboard) { await navigator.clipboard.writeText(text); return; }
+  const area = element("textarea", { class: "unseen", value: text }); // pages without https have no clipboard
+  document.body.append(area);
+  area.select();
+  document.execCommand("copy");
+  area.remove();
+}
+
+function view(picture) {
+  const image = $("viewer").querySelector("img");
+  image.src = picture.url;
+  image.alt = picture.name;
+  $("viewer").showModal();
+}
+
+function editQuestion(index) {
+  const message = conversation.messages[index];
+  stop();
+  conversation.messages.length = index;
+  attached = [...message.pictures];
+  $("question").value = message.text;
+  show();
+  showAttached();
+  resize();
+  $("question").focus();
+}
+
+function again(index) {
+  stop();
+  conversation.messages.length = index;
+  show();
+  answerQuestion();
+}
+
+// Asking
+
+async function ask() {
+  const text = $("question").value.trim();
+  if (answering || !(text || attached.length)) return;
+  warn("");
+  conversation.messages.push({ role: "user", text, pictures: attached });
+  conversation.title ||= text.slice(0, 80) || attached[0].name;
+  attached = [];
+  $("question").value = "";
+  showAttached();
+  resize();
+  show();
+  await answerQuestion();
+}
+
+async function answerQuestion() {
+  const mine = conversation; // another one may be shown before the answer ends
+  const control = answering = new AbortController();
+  const message = { role: "assistant", text: "", figures: "", error: "" };
+  const node = answerElement(message, mine.messages.length);
+  node.classList.add("writing", "waiting");
+  node.querySelector(".foot").replaceChildren();
+  const question = asMessages(mine, mine.messages.length);
+  const index = mine.messages.push(message) - 1;
+  scroller.append(node);
+  scroller.setAttribute("aria-busy", "true");
+  scroller.scrollTop = scroller.scrollHeight;
+  refresh();
+  await store.save(mine);
+  const started = performance.now();
+  const figures = { first: 0, last: 0, kept: 0, tokens: 0, server: null, reason: "" };
+  try {
+    for await (const chunk of streamAnswer(question, control.signal)) read(chunk, mine, message, figures, started, node);
+  } catch (error) {
+    if (control.signal.aborted) figures.reason = "stopped";
+    else failed(error, message);
+  }
+  message.figures = figuresText(figures);
+  if (answering === control) answering = null;
+  if (mine.messages[index] === message) {
+    if (!message.text && figures.reason === "stopped") mine.messages.length = index;
+    await store.save(mine);
+  }
+  if (conversation === mine) {
+    const down = atEnd();
+    if (mine.messages[index] === message) node.replaceWith(answerElement(message, index));
+    else node.remove();
+    if (down) scroller.scrollTop = scroller.scrollHeight;
+    $("spoken").textContent = message.error || message.text;
+  }
+  scroller.removeAttribute("aria-busy");
+  refresh();
+}
+
+function read(chunk, mine, message, figures, started, node) {
+  if (chunk.timings) figures.server = chunk.timings;
+  if (chunk.usage) figures.tokens = chunk.usage.completion_tokens;
+  const choice = chunk.choices[0];
+  if (!choice) return;
+  if (choice.finish_reason) figures.reason = choice.finish_reason;
+  if (!choice.delta.content) return;
+  figures.last = performance.now() - started;
+  figures.first ||= figures.last;
+  message.text += choice.delta.content;
+  node.classList.remove("waiting");
+  if (figures.last - figures.kept > KEEP_EVERY) {
+    figures.kept = figures.last;
+    store.save(mine);
+  }
+  const down = atEnd();
+  node.querySelector(".text").replaceChildren(...rendered(message.text));
+  if (down) scroller.scrollTop = scroller.scrollHeight;
+}
+
+function failed(error, message) {
+  message.error = error.status ? error.message : `The server can't be reached: ${error.message}`;
+  if (error.status === 401) openSettings($("api-key"));
+  else if (!error.status) connect();
+}
+
+function figuresText(figures) {
+  const parts = [];
+  if (figures.first) parts.push(`first token ${(figures.first / 1000).toFixed(2)} s`);
+  const speed = figures.server?.decode_tokens_per_second;
+  if (speed) parts.push(`${speed.toFixed(1)} tokens/s`);
+  if (figures.tokens) parts.push(`${figures.tokens} tokens`);
+  if (figures.reason === "length") parts.push("cut at the longest answer");
+  if (figures.reason === "stopped") parts.push("stopped");
+  return parts.join(" · ");
+}
+
+function stop() {
+  answering?.abort();
+  answering = null;
+}
+
+function atEnd() {
+  return scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
+}
+
+// Pictures for the next question
+
+async function attachFiles(files) {
+  warn("");
+  for (const file of files) {
+    try { attach(await readPicture(file)); } catch (error) { warn(error.message); }
+  }
+  $("question").focus();
+}
+
+function attach(picture) {
+  attached.push(picture);
+  showAttached();
+}
+
+function showAttached() {
+  $("attached").replaceChildren(...attached.map((picture, index) => element("li", {},
+    element("img", { src: picture.url, alt: picture.name }),
+    element("button", { type: "button", "aria-label": `Remove ${picture.name}`, onclick: () => { attached.splice(index, 1); showAttached(); } }, cross()))));
+  refresh();
+}
+
+function resize() {
+  const area = $("question");
+  area.style.height = "auto";
+  area.style.height = `${area.scrollHeight}px`;
+}
+
+// Events
+
+function listen() {
+  $("composer").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
+  $("stop").addEventListener("click", () => { stop(); $("question").focus(); });
+  $("choose").addEventListener("click", () => $("files").click());
+  $("drop-zone").addEventListener("click", () => $("files").click());
+  $("camera").addEventListener("click", () => camera.open());
+  $("shutter").addEventListener("click", () => camera.take());
+  $("camera-cancel").addEventListener("click", () => camera.close());
+  $("camera-dialog").addEventListener("cancel", () => camera.close());
+  for (const id of ["files", "snapshot"])
+    $(id).addEventListener("change", () => { attachFiles([...$(id).files]); $(id).value = ""; });
+  $("question").addEventListener("input", () => { resize(); refresh(); });
+  $("question").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+    const last = conversation.messages.findLastIndex((message) => message.role === "user");
+    if (event.key === "ArrowUp" && !$("question").value && !attached.length && last >= 0) { event.preventDefault(); editQuestion(last); }
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+    if ($("sidebar").classList.contains("open")) sidebar(false);
+    else stop();
+  });
+  document.addEventListener("paste", (event) => {
+    const files = [...(event.clipboardData?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+    if (files.length) { event.preventDefault(); attachFiles(files); }
+  });
+  document.addEventListener("dragover", (event) => {
+    if (event.dataTransfer.types.includes("Files")) { event.preventDefault(); $("drop-hint").hidden = false; }
+  });
+  document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) $("drop-hint").hidden = true; });
+  document.addEventListener("drop", (event) => {
+    event.preventDefault();
+    $("drop-hint").hidden = true;
+    attachFiles([...event.dataTransfer.files]);
+  });
+  $("new-chat").addEventListener("click", () => { stop(); begin(); sidebar(false); $("question").focus(); });
+  $("open-sidebar").addEventListener("click", () => sidebar(true));
+  $("close-sidebar").addEventListener("click", () => sidebar(false));
+  $("shade").addEventListener("click", () => sidebar(false));
+  $("theme").addEventListener("click", switchTheme);
+  $("open-settings").addEventListener("click", () => openSettings());
+  $("settings").addEventListener("close", closeSettings);
+  $("temperature").addEventListener("input", () => { $("temperature-value").value = $("temperature").value; });
+  $("forget").addEventListener("click", () => {
+    if (!confirm("Delete all conversations in this browser?")) return;
+    stop();
+    store.clear();
+    begin();
+    $("settings").close();
+  });
+  $("viewer").addEventListener("click", () => $("viewer").close());
+  $("suggestions").append(...SUGGESTIONS.map((text) => element("li", {},
+    element("button", { type: "button", onclick: () => { $("question").value = text; ask(); } }, text))));
+}
+
+async function start() {
+  settings.load();
+  applyTheme();
+  const key = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (key) {
+    settings.set("key", key);
+    history.replaceState(null, "", location.pathname);
+  }
+  listen();
+  await store.open();
+  const last = store.memory.get(settings.values.current);
+  if (last) { conversation = last; show(); } else begin();
+  connect();
+  if (!narrow.matches) $("question").focus();
+}
+
+start();

@@ -1,0 +1,248 @@
+"""One thread that computes all answers: a piece of one prompt, then a token for everyone, and again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from llava_edge import images
+from llava_edge.model import Picture
+from llava_edge.server.answer import AnswerMemory, Failed, Job, answer, history
+from llava_edge.server.errors import ApiError
+from llava_edge.server.lanes import Lane, Lanes, exact_rows
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from llava_edge.model import Model
+    from llava_edge.server.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+# From a context of 512 cells on llama.cpp divides the attention of a lone token among its threads, but not that of
+# several tokens, and it takes cells in blocks of 256: from this position on sequences are evaluated one by one.
+ALONE_FROM = 256
+
+
+@dataclass(eq=False)
+class _Active:
+    """An answer that has a lane. ``token`` is to be evaluated next; None while the prompt is read."""
+
+    job: Job
+    lane: Lane
+    steps: Generator[int | None, NDArray[np.float32], None]
+    token: int | None = None
+
+
+class Scheduler:
+    """Computes answers for up to ``model.engine.n_seq_max`` jobs at a time, in the order in which they came.
+
+    Parameters
+    ----------
+    model
+        The model; nobody else may use it meanwhile.
+    exact
+        Evaluate only so many sequences together as gives each the bits that it has alone. Otherwise all of them,
+        which is quicker, and where two words are nearly equally likely the other one may be taken.
+    store_bytes
+        Memory for conversations that have no lane.
+    """
+
+    def __init__(self, model: Model, metrics: Metrics, *, exact: bool, store_bytes: int) -> None:
+        self.model = model
+        self.metrics = metrics
+        self._warm_up()
+        self.rows = exact_rows(model.engine) if exact else model.engine.n_seq_max
+        self._exact = exact
+        self._lanes = Lanes(model.engine, store_bytes)
+        self._memory = AnswerMemory()
+        self._waiting: deque[Job] = deque()
+        self._active: list[_Active] = []
+        self._prefilling: Job | None = None
+        self._lock = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="llava-edge-scheduler", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Put a job in the queue."""
+        with self._lock:
+            if self._closing:
+                raise ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)
+            self._waiting.append(job)
+            self._lock.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Give a job up at once, in the middle of its prompt too; nothing is emitted any more."""
+        with self._lock:
+            job.cancelled.set()
+            if self._prefilling is job:
+                self.model.engine.stopping = True
+            self._lock.notify()
+
+    def state(self) -> dict[str, int]:
+        """Figures of this moment."""
+        return {
+            "running": len(self._active),
+            "queued": len(self._waiting),
+            "kv_cells_used": sum(lane.cache.tokens for lane in self._lanes.lanes),
+            "kv_stored_bytes": self._lanes.stored_bytes,
+        }
+
+    def refuse_new(self) -> None:
+        """Take no more jobs and refuse those that wait."""
+        with self._lock:
+            self._closing = True
+            waiting, self._waiting = list(self._waiting), deque()
+            self._lock.notify()
+        for job in waiting:
+            job.emit(Failed(ApiError(503, "The server is shutting down.", code="shutting_down", retry_after=5)))
+
+    def close(self, grace_seconds: float = 0.0) -> None:
+        """Finish what runs within a time, give up the rest, and end the thread."""
+        self.refuse_new()
+        deadline = time.monotonic() + grace_seconds
+        while self._active and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for active in list(self._active):
+            active.job.emit(Failed(ApiError(503, "The server is shutting down.", code="shutting_down")))
+            self.cancel(active.job)
+        self._thread.join()
+
+    # The thread
+
+    def _work(self) -> None:
+        while self._wait():
+            try:
+                self._drop_overdue()
+                self._admit()
+                self._read_a_piece()
+                self._write_tokens()
+            except Exception as error:  # a defect ends the answers that run, never the server
+                # the error's own words may hold what people wrote
+                log.error("the scheduler failed: %s", type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+                for active in list(self._active):
+                    self._fail(active.job, error)
+                    self._drop(active)
+
+    def _wait(self) -> bool:
+        """Wait for work; False when there will be none."""
+        with self._lock:
+            while not self._active and not self._waiting:
+                if self._closing:
+                    return False
+                self._lock.wait()
+        return True
+
+    def _admit(self) -> None:
+        """Give the next job a lane, once no other is reading: it may find what that one has read."""
+        while self._waiting and self._lanes.free() and all(active.token is not None for active in self._active):
+            with self._lock:
+                job = self._waiting.popleft() if self._waiting else None
+            if job is None or job.cancelled.is_set():
+                continue
+            try:
+                segments = history(self.model, job, self._memory)
+                lane = self._lanes.take(self.model.tokenizer.units(segments))
+            except Exception as error:
+                self._fail(job, error)
+                continue
+            steps = answer(self.model, job, lane, segments, self._memory, self.metrics)
+            self._active.append(_Active(job, lane, steps))
+
+    def _read_a_piece(self) -> None:
+        """One picture, or one batch of the prompt, of the job that is being read."""
+        reading = next((active for active in self._active if active.token is None), None)
+        if reading is None:
+            return
+        with self._lock:
+            self._prefilling = reading.job
+        try:
+            if not reading.job.cancelled.is_set():
+                self._advance(reading, None)
+        finally:
+            with self._lock:
+                self._prefilling = None
+                self.model.engine.stopping = False
+        if reading.job.cancelled.is_set():
+            self._drop(reading)
+
+    def _write_tokens(self) -> None:
+        """A token for every answer that is being written."""
+        writing = [active for active in self._active if active.token is not None]
+        for group in self._groups(writing):
+            group = [active for active in group if not self._dropped(active)]
+            tokens = {active.lane.seq: active.token for active in group if active.token is not None}
+            if not tokens:
+                continue
+            try:
+                rows = self.model.engine.decode_each(tokens)
+            except Exception as error:
+                for active in group:
+                    self._fail(active.job, error)
+                    self._drop(active)
+                continue
+            for active, logits in zip(group, rows, strict=True):
+                active.lane.cache.appended(tokens[active.lane.seq])
+                self._advance(active, logits)
+
+    def _groups(self, writing: Sequence[_Active]) -> list[list[_Active]]:
+        """Who is evaluated together."""
+        engine = self.model.engine
+        alone = [a for a in writing if self._exact and engine.position(a.lane.seq) >= ALONE_FROM]
+        together = [a for a in writing if a not in alone]
+        groups = [together[start : start + self.rows] for start in range(0, len(together), self.rows)]
+        return [*groups, *([active] for active in alone)]
+
+    def _advance(self, active: _Active, logits: Any) -> None:
+        try:
+            active.token = active.steps.send(logits)
+        except StopIteration:
+            self._drop(active)
+        except Exception as error:
+            self._fail(active.job, error)
+            self._drop(active)
+
+    def _dropped(self, active: _Active) -> bool:
+        if active.job.cancelled.is_set():
+            self._drop(active)
+        return active not in self._active
+
+    def _drop(self, active: _Active) -> None:
+        """Free the lane; what was evaluated stays there."""
+        if active in self._active:
+            active.steps.close()
+            self._active.remove(active)
+            self._lanes.release(active.lane)
+
+    def _drop_overdue(self) -> None:
+        now = time.perf_counter()
+        overdue = ApiError(504, "The answer took longer than the server allows.", code="timeout")
+        for active in [active for active in self._active if active.job.deadline < now]:
+            self._fail(active.job, overdue)
+            self._drop(active)
+        with self._lock:
+            late = [job for job in self._waiting if job.deadline < now or job.cancelled.is_set()]
+            for job in late:
+                self._waiting.remove(job)
+        for job in late:
+            self._fail(job, overdue)
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not job.cancelled.is_set():
+            job.emit(Failed(error))
+
+    def _warm_up(self) -> None:
+        """Load the vision tower now, and learn how this model marks its pictures."""
+        spec, _ = self.model.picture_settings
+        side = spec.size if spec else 224
+        image = Image.new("RGB", (side, side), (128, 128, 128))
+        self.model.encode(Picture("warm-up", images.content_hash(image), image))
