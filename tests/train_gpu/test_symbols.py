@@ -5,7 +5,15 @@ from __future__ import annotations
 from random import Random
 
 from llava_edge.train_gpu.datagen.nano import held_out
-from llava_edge.train_gpu.datagen.symbols import article, caption_facts, clean_caption, name_turns, pet_turns, words
+from llava_edge.train_gpu.datagen.symbols import (
+    article,
+    by_consensus,
+    caption_facts,
+    clean_caption,
+    name_turns,
+    pet_turns,
+    words,
+)
 
 CAPTIONS = [
     "A black dog is running in the snow.",
@@ -23,6 +31,19 @@ def facts(captions: list[str], seed: int = 0) -> dict[str, str]:
 def test_captions_become_sentences() -> None:
     assert clean_caption("two dogs  play , in snow") == "Two dogs play, in snow."
     assert clean_caption("A man .") is None
+
+
+def test_the_caption_that_says_what_the_others_say_comes_first() -> None:
+    captions = [
+        "Something wonderful happens outside.",
+        "A brown dog runs through deep snow.",
+        "A dog runs in snow.",
+        "The dog, which wears a red collar, and its friend are somewhere cold.",
+    ]
+    ordered = by_consensus(captions)
+    assert ordered[:2] == ["A dog runs in snow.", "A brown dog runs through deep snow."]
+    assert sorted(ordered) == sorted(captions)
+    assert by_consensus([]) == []
 
 
 def test_what_the_captions_agree_on_is_asked() -> None:

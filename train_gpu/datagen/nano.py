@@ -63,6 +63,7 @@ def build(root: Path, captions_file: Path, seed: int = 0) -> dict[str, list[Samp
         "imagenet": _imagenet(root, rng),
         "caltech101": _caltech(root, rng),
         "easy-vqa": _easy_vqa(root, rng),
+        "flickr8k-short": _flickr_short(captions_file, rng),
     }
 
 
@@ -100,6 +101,15 @@ def _flickr_captions(captions_file: Path, rng: Random) -> list[Sample]:
     for name, sentences in _flickr(captions_file):
         turns = [(rng.choice(symbols.BRIEF), sentence) for sentence in sentences]
         samples += [_sample(name, number, [turn]) for number, turn in enumerate(turns)]
+    return samples
+
+
+def _flickr_short(captions_file: Path, rng: Random) -> list[Sample]:
+    """The two captions that agree best with the others, as answers to who asks for a short one."""
+    samples = []
+    for name, sentences in _flickr(captions_file):
+        agreed = symbols.by_consensus(sentences)[:2]
+        samples += [_sample(name, n, [(rng.choice(symbols.SHORT), sentence)]) for n, sentence in enumerate(agreed)]
     return samples
 
 

@@ -28,6 +28,8 @@ BRIEF = (
     "Can you tell me what is in the photo?",
     "Summarize the picture in a sentence.",
 )
+SHORT = tuple(question for question in BRIEF if re.search(r"brief|one sentence|short|Summarize", question))
+"""The questions of BRIEF that ask for a sentence that leaves details out."""
 NAMING = (
     "What is this?",
     "What is in this picture?",
@@ -100,6 +102,9 @@ _DOING = re.compile(
 )
 
 
+_FUNCTION_WORDS = word_set("a an the is are of in on at to with and by from his her their its while as into")
+
+
 def clean_caption(text: str) -> str | None:
     """A caption as a sentence, or None if it is too short to be one."""
     text = re.sub(r"\s+", " ", text).strip()
@@ -108,6 +113,17 @@ def clean_caption(text: str) -> str | None:
         return None
     text = text[0].upper() + text[1:]
     return text if text[-1] in ".!?" else text + "."
+
+
+def by_consensus(sentences: Sequence[str]) -> list[str]:
+    """Captions of one picture, those first whose words the others share most (mean cosine of the sets of words)."""
+    said = [words(sentence) - _FUNCTION_WORDS for sentence in sentences]
+
+    def shared(index: int) -> float:
+        others = [s for i, s in enumerate(said) if i != index]
+        return sum(len(said[index] & s) / ((len(said[index]) * len(s)) ** 0.5 or 1) for s in others)
+
+    return [sentences[index] for index in sorted(range(len(said)), key=shared, reverse=True)]
 
 
 def article(noun: str) -> str:
