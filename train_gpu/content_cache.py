@@ -172,7 +172,7 @@ class ContentCache:
         """SHA-256 of a picture's file; known ones are told by path, size and time of change."""
         try:
             status = picture.path.stat()
-            key = f"{picture.path}:{picture.offset}:{picture.bytes_}:{status.st_size}:{status.st_mtime_ns}"
+            key = f"{picture.path}:{picture.offset}:{picture.size_bytes}:{status.st_size}:{status.st_mtime_ns}"
             if key not in self._hashes:
                 data = read_bytes(picture)
                 data = data if isinstance(data, bytes) else data.read_bytes()

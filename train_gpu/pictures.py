@@ -38,11 +38,11 @@ class Pictures(Protocol):
 
 def read_bytes(picture: PictureRef) -> bytes | Path:
     """The bytes of a picture in a tar file, or the path of one that is a file."""
-    if not picture.bytes_:
+    if not picture.size_bytes:
         return picture.path
     with picture.path.open("rb") as file:
         file.seek(picture.offset)
-        return file.read(picture.bytes_)
+        return file.read(picture.size_bytes)
 
 
 class PixelPictures:

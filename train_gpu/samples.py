@@ -29,12 +29,12 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".
 
 @dataclass(frozen=True)
 class PictureRef:
-    """Where a picture's bytes are: a file, or a part of a tar file when ``bytes_`` is above 0."""
+    """Where a picture's bytes are: a file, or a part of a tar file when ``size_bytes`` is above 0."""
 
     name: str
     path: Path
     offset: int = 0
-    bytes_: int = 0
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from llava_edge.bench.tasks.models import ModelChoice
 from llava_edge.bench.tasks.reading import Data
 from llava_edge.bench.tasks.run import SUMMARY, Plan, finish, plan_run, run_samples, start
 from llava_edge.bench.tasks.task import Task, make_task
+from llava_edge.bundle import sha256_file
 
 Progress = Callable[[int, int, str], AbstractContextManager[Callable[[int], None]]]
 """(length, done already, label) -> something that is told how many more are done."""
@@ -26,7 +27,8 @@ RUNS = "eval-runs"
 class Job:
     """A task on a model. ``output`` None makes a folder whose name tells the settings.
 
-    ``options`` are the task's own and part of what makes two runs the same; ``inputs`` are options that name files.
+    ``options`` are the task's own and part of what makes two runs the same; of ``inputs``, options that name files, the
+    content is.
     """
 
     task: str
@@ -82,7 +84,8 @@ def read_job(job: Job) -> tuple[Task, Data, Plan]:
     if job.max_tokens is not None:
         task.max_tokens = job.max_tokens
     plan = plan_run(job.task, job.options, task, data, job.choice.describe(), limit=job.limit, part=job.part)
-    return task, data, plan
+    contents = {name: sha256_file(path) for name, path in job.inputs.items() if isinstance(path, Path)}
+    return task, data, replace(plan, settings={**plan.settings, "inputs": contents})
 
 
 def default_folder(settings: dict[str, Any]) -> Path:

@@ -26,7 +26,7 @@ class LlavaBench(BaseTask):
     ``answers_gpt4.jsonl``, ``context.jsonl``.
     """
 
-    headline = "relative_score"
+    headline = "words"
     max_tokens = 1024
 
     def read(self, data: Data) -> list[Sample]:

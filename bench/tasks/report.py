@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_edge.bench.tasks.run import SUMMARY, Run
+from llava_edge.bench.tasks.run import JUDGED, SUMMARY, Run
 from llava_edge.bench.tasks.samples import write_text
 from llava_edge.errors import InputError
 
@@ -57,7 +57,8 @@ def write_into(document: Path, table: str) -> None:
 
 
 def _summary(run: Run) -> dict[str, Any]:
-    path = run.folder / SUMMARY
+    judged = run.folder / JUDGED
+    path = judged if run.settings["task"] == "llava-bench" and judged.is_file() else run.folder / SUMMARY
     if not path.is_file():
         raise InputError(f"{run.folder} is not finished", hint="Run it again with --resume.")
     summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

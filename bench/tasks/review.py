@@ -136,7 +136,10 @@ def _read_reviews(path: Path, judge: str) -> list[Review]:
     whole = data[: data.rfind(b"\n") + 1]
     if whole != data:
         path.write_bytes(whole)
-    reviews = [Review(**json.loads(line)) for line in whole.decode("utf-8").split("\n") if line]
+    try:
+        reviews = [Review(**json.loads(line)) for line in whole.decode("utf-8").split("\n") if line]
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path} is damaged: {error}", hint="--overwrite asks again.") from None
     others = {review.judge for review in reviews} - {judge}
     if others:
         raise InputError(

@@ -15,15 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_edge.bench.tasks.asking import Asker, Said
-from llava_edge.bench.tasks.samples import Record, Sample, by_picture, read_records, shard, write_text
+from llava_edge.bench.tasks.asking import Asker
+from llava_edge.bench.tasks.samples import Record, Sample, by_picture, read_records, shard, write_records, write_text
 from llava_edge.bench.tasks.task import Metrics, Task, make_task
 from llava_edge.errors import InputError
 
 if TYPE_CHECKING:
     from llava_edge.bench.tasks.reading import Data
-
-__all__ = ["Plan", "Run", "Said", "finish", "open_run", "plan_run", "run_samples", "summary_of"]
 
 SETTINGS, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 REVIEWS, JUDGED = "reviews.jsonl", "judged.json"
@@ -44,11 +42,6 @@ class Run:
     folder: Path
     settings: dict[str, Any]
     records: list[Record]
-
-    @property
-    def name(self) -> str:
-        """Task and model, for people."""
-        return f"{self.settings['task']} {self.settings['model']['name']}"
 
 
 def plan_run(
@@ -250,6 +243,6 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
     if (target / SETTINGS).exists():
         raise InputError(f"{target} has a run already", hint="Name another folder.")
     target.mkdir(parents=True, exist_ok=True)
-    write_text(target / SAMPLES, "".join(record.to_json() + "\n" for record in records))
+    write_records(target / SAMPLES, records)
     write_text(target / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
     return finish(target, settings, records)

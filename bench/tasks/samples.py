@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +64,6 @@ class Record:
     def cluster(self) -> str:
         """The picture, as the unit that the bootstrap draws; a sample without one is its own."""
         return self.image if self.image is not None else f"sample {self.id}"
-
-    def marked(self, mark: Mark) -> Record:
-        """The record with another mark."""
-        return replace(self, score=mark.score, detail=mark.detail)
 
     def to_json(self) -> str:
         """The record's line, without the line's end."""

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llava_edge.bench.tasks.judge import HttpJudge, JudgeError, LocalJudge
+from llava_edge.bench.tasks.report import markdown_table
 from llava_edge.bench.tasks.review import read_rules, read_scores, review_run, rule
 from llava_edge.bench.tasks.run import open_run
 from llava_edge.errors import InputError
@@ -116,6 +117,7 @@ class TestLlavaBench:
         assert "detail/relative_score" not in values
         assert judged["unreadable"] == 2
         assert judged == json.loads((answered / "judged.json").read_text())
+        assert f"| relative_score | {values['relative_score']:.1f} (" in markdown_table([open_run(answered)])
 
     def test_a_review_that_broke_off_goes_on(self, answered, server):
         count = iter(range(100))
