@@ -105,7 +105,7 @@ def _fill(axes: Any, plot: Plot, rows: list[Row]) -> None:
         axes.annotate(row.label, (plot.x(row), value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(title=plot.title, xlabel=plot.x_title, ylabel=plot.y_title)
     axes.grid(alpha=0.25)
-    axes.margins(x=0.15)
+    axes.margins(x=0.22)  # room for the labels
     values = [_y(row, plot) for row in rows]
     if plot.better == "down" and min(values) >= 0 and max(values) > 0:
         # Types lie decades apart, and F16 at 0.
