@@ -87,7 +87,7 @@ def power_source() -> str:
         states = [(_POWER / n / "status").read_text().strip() for n, kind in kinds.items() if kind == "Battery"]
     except OSError:
         return "unknown"
-    return "battery" if "Discharging" in states else "unknown"
+    return "battery" if "Discharging" in states else "mains" if states else "unknown"
 
 
 def energy_joules() -> float | None:

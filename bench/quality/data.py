@@ -12,6 +12,7 @@ from llava_edge.errors import InputError
 
 CAPTION_QUESTION = "Write a short caption for this picture."
 _ROLES = ("human", "gpt")
+_SHORT = 3  # words
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,12 @@ class Data:
     def captions(self) -> bool:
         """Whether every picture has several captions, so that answers can be scored against them."""
         return len(self.samples) > 1 and all(len(sample.references) > 1 for sample in self.samples)
+
+    @property
+    def short(self) -> bool:
+        """Whether every answer is so short that only the right words are right."""
+        answers = [reference for sample in self.samples for reference in sample.references]
+        return bool(answers) and all(len(answer.split()) <= _SHORT for answer in answers)
 
 
 def read_data(file: Path, images: Path | None, *, split: str = "dev", limit: int | None = None) -> Data:

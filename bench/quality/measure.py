@@ -145,8 +145,10 @@ class Quality:
         if not texts or self._texts is None:
             return {}
         found = {"same_text": scores.same_text(texts, self._texts)}
-        if self._data.captions and len(texts) > 1:
-            references = [sample.references for sample in self._data.samples[: len(texts)]]
+        references = [sample.references for sample in self._data.samples[: len(texts)]]
+        if self._data.short:
+            found["accuracy"] = scores.accuracy(texts, references)
+        elif self._data.captions and len(texts) > 1:
             found["cider_d"] = scores.captions(texts, references)
         return found
 

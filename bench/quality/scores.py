@@ -5,6 +5,7 @@ Shapes: T tokens, V size of the vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -70,3 +71,16 @@ def captions(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Met
     """CIDEr-D of answers against people's captions."""
     _, scores = cider_d(answers, references)
     return statistics.bootstrap([np.array([score]) for score in scores], lambda rows: float(rows.mean()), "CIDEr-D")
+
+
+def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Metric:
+    """Share of answers that are one of the known ones, but for case and punctuation."""
+    right = [
+        np.array([float(_words(answer) in [_words(reference) for reference in known])])
+        for answer, known in zip(answers, references, strict=True)
+    ]
+    return statistics.bootstrap(right, lambda rows: float(rows.mean()), "share")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.casefold())

@@ -72,6 +72,8 @@ def check_space(settings: QuantsSettings, reference: Subject, data: Data | None,
     models = [sizes["llm"] * _share(kind) for kind in settings.types if kind != "F16"]
     needed = sum(models) if keep else max(models, default=0)
     needed += sum(sizes["mmproj"] * _share(kind) for kind in settings.mmproj_types if kind != "F16")
+    if reference.bundle.directory.stat().st_dev != folder.stat().st_dev:
+        needed += sum(sizes.values())  # no links across file systems
     if data is not None:
         needed += _cache_bytes(settings, reference, data)
     free = shutil.disk_usage(folder).free

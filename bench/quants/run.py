@@ -20,8 +20,7 @@ from llava_edge.bench.quants.make import Maker, open_reference
 from llava_edge.bench.quants.plan import QuantsSettings, Variant, check_space
 from llava_edge.bench.quants.recommend import recommend
 from llava_edge.bench.record import Metric, Result, Row, row_from_dict, with_metrics, write_atomically
-from llava_edge.bench.speed.ceilings import matrix_rate, read_bandwidth
-from llava_edge.bench.speed.measure import measure_speed, warnings_of
+from llava_edge.bench.speed.measure import measure_ceilings, measure_speed, warnings_of
 from llava_edge.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -130,14 +129,9 @@ class _Run:
 
     def _complete_ceilings(self, subject: Subject) -> None:
         """Rates of the types that no variant before had."""
-        found, threads = dict(self._ceilings), self._settings.speed.threads
-        if "read_bandwidth" not in found:
-            found["read_bandwidth"] = read_bandwidth(threads)
-        for name in sorted(set().union(*(weights.matrix_types for weights in subject.weights.values()))):
-            if f"matrix_rate {name}" not in found:
-                found[f"matrix_rate {name}"] = matrix_rate(name, threads)
-        self._ceilings = found
-        write_atomically(self._work / "ceilings.json", json.dumps({key: asdict(m) for key, m in found.items()}))
+        self._ceilings = measure_ceilings([subject], self._settings.speed.threads, self._say, self._ceilings)
+        kept = {name: asdict(metric) for name, metric in self._ceilings.items()}
+        write_atomically(self._work / "ceilings.json", json.dumps(kept))
 
     def _kept_ceilings(self) -> dict[str, Metric]:
         kept = _read_json(self._work / "ceilings.json") or {}

@@ -10,6 +10,12 @@ from typing import Any, Literal
 from llava_edge.bench.quants.recommend import pareto
 from llava_edge.bench.record import Metric, Result, Row
 
+# the first of these that was measured
+_ACCURACY = {
+    "accuracy": "share of right answers",
+    "cider_d": "CIDEr-D of captions",
+    "top1_agreement": "share of equal top tokens",
+}
 _INK, _FRONT, _POINT = "#222222", "#b3541e", "#1f5f8b"
 
 
@@ -46,11 +52,18 @@ def plots_of(result: Result) -> list[Plot]:
                 "down",
             )
         )
-    accuracy = next((name for name in ("cider_d", "top1_agreement") if name in names), None)
+    accuracy = next((name for name in _ACCURACY if name in names), None)
     if accuracy and "ttft_warm" in names:
-        title = "CIDEr-D of captions" if accuracy == "cider_d" else "share of equal top tokens"
         found.append(
-            Plot("ttft-accuracy", "Time to the first token and accuracy", "TTFT warm, s", title, _ttft, accuracy, "up")
+            Plot(
+                "ttft-accuracy",
+                "Time to the first token and accuracy",
+                "TTFT warm, s",
+                _ACCURACY[accuracy],
+                _ttft,
+                accuracy,
+                "up",
+            )
         )
     return found
 
@@ -92,7 +105,7 @@ def _fill(axes: Any, plot: Plot, rows: list[Row]) -> None:
         axes.annotate(row.label, (plot.x(row), value), xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(title=plot.title, xlabel=plot.x_title, ylabel=plot.y_title)
     axes.grid(alpha=0.25)
-    axes.margins(x=0.15)
+    axes.margins(x=0.22)  # room for the labels
     values = [_y(row, plot) for row in rows]
     if plot.better == "down" and min(values) >= 0 and max(values) > 0:
         # Types lie decades apart, and F16 at 0.

@@ -30,6 +30,7 @@ QUALITY = (
     ("perplexity_ratio", "ratio to reference", 1.0, "{:.4f}"),
     ("same_text", "same answer %", 100.0, "{:.0f}"),
     ("cider_d", "CIDEr-D", 1.0, "{:.3f}"),
+    ("accuracy", "accuracy %", 100.0, "{:.1f}"),
 )
 SPEED = (
     ("ttft_cold", "TTFT cold s", 1.0, "{:.2f}"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,12 +64,18 @@ def warnings_of(rows: Sequence[Row]) -> tuple[str, ...]:
     return tuple(f"{row.label}: {note}" for row in rows for note in row.notes)
 
 
-def measure_ceilings(subjects: Sequence[Subject], threads: int, say: Say) -> dict[str, Metric]:
-    """``read_bandwidth``, and ``matrix_rate TYPE`` of every type in the bundles' files."""
-    types = set().union(*(w.matrix_types for subject in subjects for w in subject.weights.values()))
-    say("the machine's ceilings")
-    found = {"read_bandwidth": ceilings.read_bandwidth(threads)}
-    for name in sorted(types):
+def measure_ceilings(
+    subjects: Sequence[Subject], threads: int, say: Say, known: Mapping[str, Metric] | None = None
+) -> dict[str, Metric]:
+    """``read_bandwidth``, and ``matrix_rate TYPE`` of every type in the bundles' files, but for what is ``known``."""
+    found = dict(known or {})
+    types = set().union(*(weights.matrix_types for subject in subjects for weights in subject.weights.values()))
+    missing = [name for name in sorted(types) if f"matrix_rate {name}" not in found]
+    if missing or not found:
+        say("the machine's ceilings")
+    if "read_bandwidth" not in found:
+        found["read_bandwidth"] = ceilings.read_bandwidth(threads)
+    for name in missing:
         found[f"matrix_rate {name}"] = ceilings.matrix_rate(name, threads)
     return found
 
@@ -136,7 +142,7 @@ class _SpeedRun:
         """The first start on a machine checks the vision tower, so that it doesn't count."""
         wanted = self._settings.cold_starts
         starts: list[cold.ColdStart] = []
-        for number in range(wanted and wanted + 1):
+        for number in range(wanted + 1 if wanted else 0):
             self._say(f"cold start {number} of {wanted}" if number else "first start")
             options = {"threads": self._settings.threads, "image_tokens": self._subject.image_tokens}
             starts.append(cold.start(self._subject.bundle, picture, n_ctx=self._n_ctx, **options))

@@ -23,7 +23,7 @@ from llava_edge.bench.speed.ceilings import quantized_rows
 from llava_edge.bench.speed.shapes import Shape, TowerShape
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, PromptFormat, Role, VisualTokens, sha256_file
 from llava_edge.convert.gguf_file import tensor_types
-from llava_edge.convert.quantize import quantize
+from llava_edge.convert.quantize import check_type, quantize
 from llava_edge.errors import InputError
 from llava_edge.types import ImageSpec
 from llava_edge.vision.selfcheck import cache_dir
@@ -76,8 +76,7 @@ def write_synthetic(
     shape: Shape, directory: Path, llm_type: str, mmproj_type: str, say: Callable[[str], None] = lambda _line: None
 ) -> Path:
     """Write the bundle into an empty directory; InputError before anything is written if it won't fit."""
-    if mmproj_type not in MMPROJ_TYPES:
-        raise InputError(f"{mmproj_type!r} is no type for a synthetic tower; expected one of {', '.join(MMPROJ_TYPES)}")
+    mmproj_type = check_type(mmproj_type, MMPROJ_TYPES)
     types = llm_types(shape, llm_type)
     tensors = {"llm": _llm(shape), "mmproj": _tower(shape)}
     planned = {

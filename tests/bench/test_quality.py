@@ -123,6 +123,16 @@ def test_conversations_are_scored_turn_by_turn(tiny_model: llava_edge.Model, pic
     assert b"".join(map(tiny_model.engine.piece, second.answer)) == b"It is red."
 
 
+def test_short_answers_are_right_or_wrong(f16_bundle: Path, pictures: list[Path], tmp_path: Path) -> None:
+    file = pictures[0].parent / "short.json"
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Yes."}]
+    file.write_text(json.dumps([{"id": p.name, "image": p.name, "conversations": said} for p in pictures]))
+    metrics = run([f16_bundle], f16_bundle, file, tmp_path).rows[0].metrics
+    assert 0 <= metrics["accuracy"].value <= 1
+    assert "cider_d" not in metrics
+    assert scores.accuracy(["yes", "No!", "a cat"], [["Yes."], ["Yes."], ["dog", "A cat"]]).value == 2 / 3
+
+
 def test_texts_are_scored_in_halves_of_512_tokens(tiny_bundle: Path, tmp_path: Path) -> None:
     file = tmp_path / "text.txt"
     file.write_text("The dog runs in the snow. " * 200)

@@ -161,6 +161,7 @@ def test_cells_are_rounded_at_the_edge_only(result: Result) -> None:
     [
         ({}, "unknown"),
         ({"AC": {"type": "Mains", "online": "1"}, "BAT0": {"type": "Battery", "status": "Full"}}, "mains"),
+        ({"BAT0": {"type": "Battery", "status": "Charging"}}, "mains"),
         ({"AC": {"type": "Mains", "online": "0"}, "BAT0": {"type": "Battery", "status": "Discharging"}}, "battery"),
     ],
 )

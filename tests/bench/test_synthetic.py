@@ -68,7 +68,7 @@ def test_an_unknown_shape_or_type_is_named() -> None:
     with pytest.raises(InputError, match=r"no shape 'llava-1\.5-7'") as caught:
         find_shape("llava-1.5-7")
     assert caught.value.hint == "Did you mean llava-1.5-7b?"
-    with pytest.raises(InputError, match="'Q5_K' is no type for a synthetic tower"):
+    with pytest.raises(InputError, match="'Q5_K' is no type for this file; expected one of F16, Q8_0"):
         write_synthetic(TINY, Path(), "F16", "Q5_K")
 
 

@@ -13,6 +13,13 @@ def test_speed_prints_a_table_and_keeps_the_record(run, tiny_bundle, tmp_path):
     assert result.out.startswith("| model")
     assert "tiny F32/F32: encode" in result.err
     assert json.loads((tmp_path / "speed.json").read_text())["kind"] == "speed"
+    same = run("bench", "compare", "speed.json", "speed.json")
+    assert (same.code, same.err) == (0, "")
+    assert all("differs" not in line for line in same.out.splitlines())
+    (tmp_path / "other.json").write_text("{}")
+    wrong = run("bench", "compare", "speed.json", "other.json")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert "other.json is not a result of llava-edge bench: missing key schema" in wrong.err
 
 
 def test_quiet_and_json_leave_nothing_but_the_record(run, tiny_bundle):
