@@ -115,9 +115,10 @@ class Gate:
             found = [case.logits for case in self._cases]
         else:
             found = [follow(engine, case) for case in self._cases]
-        said = parity.compare_logits(found, self._expected)
+        limits = parity.LLM_LIMITS[type_name]
+        said = parity.compare_logits(found, self._expected, limits.tie)
         self._record("llm", type_name, parity.as_dict(said))
-        wrong = [f"{name}: {words}" for words in said.failures(parity.LLM_LIMITS[type_name])]
+        wrong = [f"{name}: {words}" for words in said.failures(limits)]
         if wrong and type_name in ("F32", "F16", "BF16"):
             case = self._cases[0]
             rows = self._inputs([case])[0][: len(case.before) + len(case.picture) + len(case.after)]

@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch.nn import functional
 
+from llava_edge.convert.memory import release
 from llava_edge.convert.projector import projector_layers
 from llava_edge.errors import InputError
 from llava_edge.images import normalize
@@ -74,6 +75,7 @@ class Reference:
     def release_tower(self) -> None:
         """Give back the tower's memory."""
         self._tower = None
+        release()
 
     def newline(self) -> NDArray[np.float32]:
         """The row end ``[D]`` of pictures in tiles."""

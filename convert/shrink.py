@@ -167,9 +167,10 @@ class Quantization:
             answers = [cases.follow(engine, case) for case in asked]
         finally:
             engine.close()
-        said = parity.compare_logits(answers, [case.logits for case in asked])
+        limits = parity.LLM_LIMITS[self._types["llm"]]
+        said = parity.compare_logits(answers, [case.logits for case in asked], limits.tie)
         figures = {"against": self._old["llm"].type, **parity.as_dict(said)}
-        return figures, said.failures(parity.LLM_LIMITS[self._types["llm"]])
+        return figures, said.failures(limits)
 
     def _compare_vision(self, work: Path, role: Role) -> tuple[dict[str, Any], list[str]]:
         from llava_edge.engine import Engine

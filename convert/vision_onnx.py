@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from llava_edge.convert.memory import release
 from llava_edge.convert.projector import projector_layers
 from llava_edge.convert.tower import Lazy, Tower, tower_tensors
 from llava_edge.errors import ModelError
@@ -97,7 +98,11 @@ def write_onnx(checkpoint: Checkpoint, weights: Weights, path: Path, *, hidden: 
 
 
 def quantize_onnx(source: Path, target: Path) -> None:
-    """Weights of the matrix products in 8 bits, one scale a column; activations are quantised as they come."""
+    """Weights of the matrix products in 8 bits, one scale a column; activations are quantised as they come.
+
+    Weights keep to seven of the bits: products of full ones overflow on x86 processors without VNNI, and what was
+    measured here has to hold there too. On DINOv2-S the mean cosine falls from 0.9994 to 0.9992.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     level = logging.root.manager.disable
@@ -109,10 +114,12 @@ def quantize_onnx(source: Path, target: Path) -> None:
             op_types_to_quantize=["MatMul"],
             per_channel=True,
             weight_type=QuantType.QInt8,
+            reduce_range=True,
             extra_options={"DefaultTensorType": TensorProto.FLOAT, "MatMulConstBOnly": True},
         )
     finally:
         logging.disable(level)
+        release()
 
 
 def _embed(graph: _Graph, tower: Tower, tensors: dict[str, Lazy]) -> str:
@@ -196,3 +203,5 @@ def _save(graph: _Graph, checkpoint: Checkpoint, extra: list[str], path: Path) -
     if model.ByteSize() > _LARGEST_FILE:
         raise ModelError("the vision tower is larger than an ONNX file can be, 2 GB", hint="Take --vision none.")
     onnx.save_model(model, path)
+    del model
+    release()
