@@ -73,7 +73,9 @@ def evaluate(job: Job, progress: Progress) -> Outcome:
         job.choice.load() as model,
         progress(len(plan.samples), len(done), f"{job.task} {model.name}") as step,
     ):
-        records = run_samples(folder, plan, task, Asker(model, system=job.choice.system), done, step)
+        records = run_samples(
+            folder, plan, task, Asker(model, system=job.choice.system), done, step, skip_bad=job.skip_bad
+        )
     return Outcome(folder, finish(folder, plan.settings, records), data.skipped)
 
 

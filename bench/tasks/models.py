@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, PromptFormat, resolve_model
+from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, PromptFormat, resolve_model, sha256_file
 from llava_edge.errors import InputError
 from llava_edge.types import FitMode
 
@@ -141,15 +141,18 @@ def changed_manifest(manifest: Manifest, choice: ModelChoice) -> Manifest:
 def write_variant(bundle: Bundle, choice: ModelChoice, folder: Path) -> Path:
     """A bundle of links to the files of another one, with the changed manifest."""
     manifest = changed_manifest(bundle.manifest, choice)
+    files = []
     for file in manifest.files:
         target = folder / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
         if file.role == "mmproj" and manifest.feature_layers != bundle.manifest.feature_layers:
             shutil.copyfile(bundle.directory / file.path, target)
             _set_feature_layers(target, manifest.feature_layers)
+            file = replace(file, sha256=sha256_file(target))
         else:
             target.symlink_to((bundle.directory / file.path).resolve())
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        files.append(file)
+    (folder / MANIFEST_NAME).write_text(replace(manifest, files=tuple(files)).to_json(), encoding="utf-8")
     return folder
 
 

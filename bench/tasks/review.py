@@ -96,7 +96,8 @@ def review_run(
     task = run.settings["task"]
     if task not in reviewers:
         raise InputError(f"a run of {task} needs no judge; one of {', '.join(reviewers)} does")
-    if not run.records:
+    records = [record for record in run.records if not record.unreadable]
+    if not records:
         raise InputError(f"{run.folder} has no answers yet")
     path = run.folder / REVIEWS
     if overwrite:
@@ -104,14 +105,14 @@ def review_run(
     reviews = {review.id: review for review in _read_reviews(path, judge.name)}
     step(len(reviews))
     with path.open("a", encoding="utf-8") as file:
-        for record in run.records:
+        for record in records:
             if record.id in reviews:
                 continue
             reviews[record.id] = review = reviewers[task](record, judge, rules, max_tokens)
             file.write(json.dumps(asdict(review), ensure_ascii=False) + "\n")
             file.flush()
             step(1)
-    ordered = [(record, reviews[record.id]) for record in run.records]
+    ordered = [(record, reviews[record.id]) for record in records]
     metrics = _relative_scores(ordered) if task == "llava-bench" else _ensembles(ordered)
     failed = sum(not review.readable for _, review in ordered)
     judged = {

@@ -15,10 +15,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_edge.bench.tasks.asking import Asker
-from llava_edge.bench.tasks.samples import Record, Sample, by_picture, read_records, shard, write_records, write_text
+from llava_edge.bench.tasks.asking import Asker, Said
+from llava_edge.bench.tasks.samples import (
+    Mark,
+    Record,
+    Sample,
+    by_picture,
+    read_records,
+    shard,
+    write_records,
+    write_text,
+)
 from llava_edge.bench.tasks.task import Metrics, Task, make_task
-from llava_edge.errors import InputError
+from llava_edge.errors import ImageError, InputError
 
 if TYPE_CHECKING:
     from llava_edge.bench.tasks.reading import Data
@@ -154,13 +163,23 @@ def _kept_records(folder: Path, plan: Plan) -> list[Record]:
 
 
 def run_samples(
-    folder: Path, plan: Plan, task: Task, asker: Asker, done: list[Record], progress: Callable[[int], None]
+    folder: Path,
+    plan: Plan,
+    task: Task,
+    asker: Asker,
+    done: list[Record],
+    progress: Callable[[int], None],
+    *,
+    skip_bad: bool = False,
 ) -> list[Record]:
-    """Ask what is left and append every answer to the run's file at once."""
+    """Ask what is left and append every answer to the run's file at once.
+
+    A picture that can't be read ends the run, or with ``skip_bad`` leaves a record without an answer.
+    """
     records = list(done)
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
         for index, sample in plan.samples[len(done) :]:
-            record = ask(task, asker, index, sample)
+            record = ask(task, asker, index, sample, skip_bad=skip_bad)
             file.write(record.to_json() + "\n")
             file.flush()
             records.append(record)
@@ -168,12 +187,17 @@ def run_samples(
     return records
 
 
-def ask(task: Task, asker: Asker, index: int, sample: Sample) -> Record:
+def ask(task: Task, asker: Asker, index: int, sample: Sample, *, skip_bad: bool = False) -> Record:
     """Ask one question and mark the answer."""
     started = time.perf_counter()
-    said = asker.answer(task, sample)
+    try:
+        said = asker.answer(task, sample)
+        mark = task.mark(sample, said)
+    except ImageError as error:
+        if not skip_bad:
+            raise ImageError(f"sample {sample.id}: {error}", hint="--resume --skip-bad goes on without it.") from None
+        said, mark = Said("", "", 0), Mark(None, {"unreadable": str(error)})
     seconds = time.perf_counter() - started
-    mark = task.mark(sample, said)
     return Record(
         index=index,
         id=sample.id,
@@ -204,8 +228,10 @@ def summary_of(settings: dict[str, Any], metrics: Metrics, headline: str, asked:
 def finish(folder: Path, settings: dict[str, Any], records: list[Record]) -> dict[str, Any]:
     """Write the summary and the task's own files beside it."""
     task = make_task(settings["task"], settings["options"])
-    summary = summary_of(settings, task.summarize(records), task.headline, len(records))
-    files = task.extra_files(records, folder)
+    asked = [record for record in records if not record.unreadable]
+    summary = summary_of(settings, task.summarize(asked), task.headline, len(asked))
+    summary["unreadable"] = len(records) - len(asked)
+    files = task.extra_files(asked, folder)
     if files:
         summary["files"] = [path.name for path in files]
     write_text(folder / SUMMARY, json.dumps(summary, indent=2, ensure_ascii=False) + "\n")

@@ -61,6 +61,11 @@ class Record:
     tokens: int
 
     @property
+    def unreadable(self) -> bool:
+        """Whether the picture could not be read, so that nothing was asked."""
+        return "unreadable" in self.detail
+
+    @property
     def cluster(self) -> str:
         """The picture, as the unit that the bootstrap draws; a sample without one is its own."""
         return self.image if self.image is not None else f"sample {self.id}"

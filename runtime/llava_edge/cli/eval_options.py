@@ -199,6 +199,8 @@ def table(summary: dict[str, Any]) -> str:
     head = f"{summary['task']} · {model['name']} · {summary['asked']} samples"
     if summary["skipped"]:
         head += f" · {summary['skipped']} malformed entries skipped"
+    if "judge" not in summary and summary["unreadable"]:
+        head += f" · {summary['unreadable']} pictures that can't be read"
     width = max(map(len, summary["metrics"]), default=0)
     lines = [head]
     for name, metric in summary["metrics"].items():

@@ -18,7 +18,7 @@ from llava_edge.bench.tasks.compare import compare
 from llava_edge.bench.tasks.models import ModelChoice
 from llava_edge.bench.tasks.run import merge, open_run
 from llava_edge.bench.tasks.samples import read_records, write_records
-from llava_edge.errors import InputError
+from llava_edge.errors import ImageError, InputError
 
 
 def summary(folder: Path) -> str:
@@ -150,6 +150,17 @@ def test_a_picture_that_is_not_there_is_named_with_its_line(evaluate_tiny, pope_
     with pytest.raises(InputError, match=r"coco_pope_random\.json:3: no picture p1\.png in"):
         evaluate_tiny("pope", pope_data)
     assert evaluate_tiny("pope", pope_data, skip_bad=True).summary["skipped"] == 6
+
+
+def test_a_damaged_picture_ends_the_run_or_is_counted(evaluate_tiny, pope_data):
+    (pope_data / "images" / "p1.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"sample random-2: .*p1\.png is not a picture") as error:
+        evaluate_tiny("pope", pope_data)
+    assert "--resume --skip-bad" in error.value.hint
+    outcome = evaluate_tiny("pope", pope_data, resume=True, skip_bad=True)
+    assert (outcome.summary["asked"], outcome.summary["unreadable"], outcome.summary["samples"]) == (12, 6, 18)
+    run = open_run(outcome.folder)
+    assert compare(run, run)["samples"] == 12
 
 
 def test_a_picture_s_name_can_t_leave_the_folder(evaluate_tiny, pope_data, files):
