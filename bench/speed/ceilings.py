@@ -20,16 +20,16 @@ from llava_edge.bench.record import Metric
 
 READ_BYTES = 512 << 20
 _SIDE, _COLUMNS = 2048, 512
-_ROUNDS = 5
+_READ_ROUNDS, _ROUNDS = 10, 5
 _HEADER_BYTES = 1 << 20
 _CPU_DEVICE = 0
 
 
 def read_bandwidth(threads: int, *, size: int = READ_BYTES) -> Metric:
-    """Bytes a second at which ``threads`` threads together read memory that is in no cache; the best of five rounds."""
+    """Bytes a second at which ``threads`` threads together read memory that is in no cache; the best of ten rounds."""
     parts = [np.ones(size // threads // 4, np.int32) for _ in range(threads)]
     rates = []
-    for _ in range(_ROUNDS):
+    for _ in range(_READ_ROUNDS):
         readers = [threading.Thread(target=part.max) for part in parts]
         started = time.perf_counter()
         for reader in readers:
