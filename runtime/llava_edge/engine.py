@@ -17,6 +17,7 @@ import numpy as np
 
 from llava_edge import native
 from llava_edge.errors import LlavaEdgeError, ModelError
+from llava_edge.gguf_check import check_gguf
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -255,7 +256,7 @@ class Engine:
 
     def _load(self, n_gpu_layers: int | None) -> None:
         library = self._library
-        check_gguf(self.path)
+        check_gguf(self.path, "llm")
         params = library.llama_model_default_params()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if library.llama_supports_gpu_offload() else 0
@@ -344,19 +345,6 @@ class _Batches:
         batch.seq_id = self._sequences
         batch.logits = self._outputs.ctypes.data_as(ctypes.POINTER(ctypes.c_int8))
         return batch
-
-
-def check_gguf(path: Path) -> None:
-    """Refuse what is obviously no GGUF file, before llama.cpp reads it."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise ModelError(f"no such model file: {path}", hint="Check the path.") from None
-    except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}") from None
-    if magic != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file: it begins with {magic!r}", hint="Convert the model to GGUF.")
 
 
 def _because() -> str:

@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from llava_edge import images
 from llava_edge.bundle import Bundle, resolve_model
-from llava_edge.engine import Engine, check_gguf
+from llava_edge.engine import Engine
 from llava_edge.errors import InputError, ModelError
+from llava_edge.gguf_check import check_gguf
 from llava_edge.kv_cache import KvCache
+from llava_edge.onnx_check import check_onnx
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
+from llava_edge.trial import require_trial
 from llava_edge.vision import EncodedImage
 from llava_edge.vision.tokens import pool, pooled_counts
 
@@ -80,6 +83,7 @@ def load(
     parts = _raw_pair(model, llm, mmproj) if llm or mmproj else _bundle_parts(model or DEFAULT_MODEL, image_tokens)
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
+    require_trial(check_gguf(parts.llm, "llm"), check_gguf(parts.mmproj, "mmproj"))
     engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     try:
         return Model(engine, parts, started)
@@ -248,8 +252,6 @@ def _raw_pair(
     if not (llm and mmproj):
         have, lack = ("llm", "mmproj") if llm else ("mmproj", "llm")
         raise InputError(f"{have} without {lack}: a raw pair needs both", hint=f"Give {lack} too.")
-    for path in (llm, mmproj):
-        check_gguf(Path(path))
     return Parts(Path(llm).stem, Path(llm), Path(mmproj))
 
 
@@ -258,6 +260,8 @@ def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None) -> Pa
     manifest = bundle.manifest
     if "mtmd" not in manifest.backends:
         raise ModelError(f"{manifest.name} runs on {', '.join(manifest.backends)}; this version has only mtmd")
+    if any(file.role == "vision_onnx" for file in manifest.files):
+        check_onnx(bundle.file("vision_onnx"))
     tokens = manifest.visual_tokens
     count = tokens.default if image_tokens is None else image_tokens
     if count not in pooled_counts(tokens.grid):
