@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava_edge import files
 from llava_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def save_state(directory: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(directory / STATE)
+    files.sync(directory)
 
 
 def load_state(directory: Path) -> dict[str, Any]:
@@ -47,6 +49,7 @@ def save_checkpoint(
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """Write a whole checkpoint in Hugging Face format, with what convert needs to know in ``llava_edge.json``."""
+    files.recover_directory(directory)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -54,12 +57,9 @@ def save_checkpoint(
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     if recipe is not None:
         (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.replace(old)
-    partial.replace(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    for path in partial.iterdir():
+        files.sync(path)
+    files.replace_directory(partial, directory)
 
 
 def read_description(directory: Path) -> dict[str, Any]:

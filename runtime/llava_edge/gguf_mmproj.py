@@ -70,6 +70,16 @@ def projector_of(header: Header) -> str:
     return header.text("clip.projector_type") or header.text("clip.vision.projector_type")
 
 
+def known_defects(header: Header) -> list[str]:
+    """What llama.cpp is known to compute wrongly of this tower, in sentences for people."""
+    if projector_of(header) == "mlp" and "v.class_embd" in header.tensors:
+        return [
+            "this vision tower is CLIP's, with a class token, and llama.cpp computes its embeddings wrongly (issue "
+            "25814 there): answers about pictures will be clearly worse than the model's own"
+        ]
+    return []
+
+
 def _check_key(header: Header, key: str) -> None:
     """The type that libmtmd asks for: it ends the process when it finds another."""
     name = key.rsplit(".", 1)[-1]

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llava_edge import images
-from llava_edge.bundle import Bundle, resolve_model
+from llava_edge import images, store
+from llava_edge.bundle import Bundle, embedded_models, resolve_model
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError, ModelError
 from llava_edge.gguf_check import check_gguf
+from llava_edge.gguf_mmproj import known_defects
 from llava_edge.kv_cache import KvCache
 from llava_edge.onnx_check import check_onnx
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
@@ -55,7 +56,8 @@ def load(
     Parameters
     ----------
     model
-        The name of a model that came with the package (``"nano"``, which is the default), or a bundle's directory.
+        The name of a model that came with the package (``"nano"``, which is the default) or was pulled, or a bundle's
+        directory.
     llm, mmproj
         Instead: any pair of GGUF files that llama.cpp can run, used with the language model's own chat template.
     n_ctx
@@ -80,10 +82,13 @@ def load(
             raise InputError(f"{name} is {value}; expected 1 or more")
     if verbose:
         logging.getLogger("llava_edge").setLevel(logging.DEBUG)
-    parts = _raw_pair(model, llm, mmproj) if llm or mmproj else _bundle_parts(model or DEFAULT_MODEL, image_tokens)
+    if llm or mmproj:
+        parts = _raw_pair(model, llm, mmproj)
+    else:
+        parts = _pulled_pair(model or DEFAULT_MODEL) or _bundle_parts(model or DEFAULT_MODEL, image_tokens)
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
-    require_trial(check_gguf(parts.llm, "llm"), check_gguf(parts.mmproj, "mmproj"))
+    _preflight(parts)
     engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers)
     try:
         return Model(engine, parts, started)
@@ -253,6 +258,28 @@ def _raw_pair(
         have, lack = ("llm", "mmproj") if llm else ("mmproj", "llm")
         raise InputError(f"{have} without {lack}: a raw pair needs both", hint=f"Give {lack} too.")
     return Parts(Path(llm).stem, Path(llm), Path(mmproj))
+
+
+def _pulled_pair(model: str | os.PathLike[str]) -> Parts | None:
+    """The files of a raw pair that was pulled, by its name or directory; None if it is something else."""
+    directory = Path(model)
+    if (directory / store.PAIR_NAME).is_file():
+        pulled: store.Pulled | None = store.open_pulled(directory)
+    elif directory.is_dir() or os.fspath(model) in embedded_models():
+        return None
+    else:
+        pulled = store.find(os.fspath(model))
+    if pulled is None or pulled.pair is None:
+        return None
+    return Parts(pulled.name, pulled.directory / pulled.pair.file("llm"), pulled.directory / pulled.pair.file("mmproj"))
+
+
+def _preflight(parts: Parts) -> None:
+    """Check the files before llama.cpp sees them, and say what it is known to compute wrongly."""
+    llm, mmproj = check_gguf(parts.llm, "llm"), check_gguf(parts.mmproj, "mmproj")
+    for defect in known_defects(mmproj):
+        log.warning("%s: %s", parts.name, defect)
+    require_trial(llm, mmproj)
 
 
 def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None) -> Parts:

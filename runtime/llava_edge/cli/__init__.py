@@ -20,6 +20,11 @@ from llava_edge.errors import LlavaEdgeError
 # name -> (module:attribute, the line in the list of commands)
 COMMANDS = {
     "chat": ("llava_edge.cli.chat:chat", "Ask about pictures: one question, or a conversation."),
+    "pull": ("llava_edge.cli.pull:pull", "Download a model by name, or from any repository of the hub."),
+    "list": ("llava_edge.cli.models:list_models", "List the models that are here."),
+    "show": ("llava_edge.cli.models:show", "Show what is known of a model."),
+    "remove": ("llava_edge.cli.models:remove", "Delete a pulled model."),
+    "verify": ("llava_edge.cli.models:verify", "Compare models' files with their checksums."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
