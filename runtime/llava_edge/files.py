@@ -52,7 +52,8 @@ def _exchange(a: Path, b: Path) -> bool:
     library = ctypes.CDLL(None, use_errno=True)
     try:
         if sys.platform == "darwin":
-            return library.renamex_np(os.fsencode(a), os.fsencode(b), ctypes.c_uint(_EXCHANGE)) == 0
-        return library.renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_EXCHANGE)) == 0
+            return bool(library.renamex_np(os.fsencode(a), os.fsencode(b), ctypes.c_uint(_EXCHANGE)) == 0)
+        exchange = library.renameat2
+        return bool(exchange(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), ctypes.c_uint(_EXCHANGE)) == 0)
     except AttributeError:
         return False

@@ -25,6 +25,7 @@ COMMANDS = {
     "show": ("llava_edge.cli.models:show", "Show what is known of a model."),
     "remove": ("llava_edge.cli.models:remove", "Delete a pulled model."),
     "verify": ("llava_edge.cli.models:verify", "Compare models' files with their checksums."),
+    "doctor": ("llava_edge.cli.doctor:doctor", "Check this installation, its models and this machine."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
