@@ -1,4 +1,4 @@
-"""From a directory in the making to the output: a kill at any moment leaves the old bundle, the new one, or both."""
+"""From a directory in the making to the output: a kill at any moment leaves the old bundle or the new one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llava_edge import files
 from llava_edge.bundle import MANIFEST_NAME, open_bundle
 from llava_edge.errors import InputError, ModelError
 
@@ -39,20 +40,15 @@ def publish(work: Path, output: Path) -> None:
     """Put ``work`` in the place of ``output``. Files beside the old bundle's own, such as a README, are kept."""
     mode = 0o777 & ~_umask()
     for path in work.iterdir():
-        _sync(path)
+        files.sync(path)
     if not output.exists():
         work.chmod(mode)
-        work.rename(output)
-        _sync(output.parent)
+        files.replace_directory(work, output)
         return
     _keep_other_files(output, work)
     work.chmod(mode)
-    _sync(work)
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-    output.rename(old)
-    work.rename(output)
-    _sync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    files.sync(work)
+    files.replace_directory(work, output)
 
 
 def _keep_other_files(output: Path, work: Path) -> None:
@@ -67,14 +63,6 @@ def _keep_other_files(output: Path, work: Path) -> None:
             shutil.copytree(path, work / path.name, symlinks=True)
         else:
             shutil.copy2(path, work / path.name, follow_symlinks=False)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _umask() -> int:

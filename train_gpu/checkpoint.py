@@ -7,13 +7,13 @@ folder is renamed, and last of all the file ``last`` is replaced, which names it
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llava_edge import files
 from llava_edge.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,22 +23,13 @@ MARKER = "last"
 DESCRIPTION = "llava_edge.json"
 
 
-def sync(path: Path) -> None:
-    """Bring a file or the entries of a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def write_text(path: Path, text: str) -> None:
     """Replace a small file."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    sync(partial)
+    files.sync(partial)
     partial.replace(path)
-    sync(path.parent)
+    files.sync(path.parent)
 
 
 def partial_state(run: Path, step: int) -> Path:
@@ -59,13 +50,13 @@ def commit_state(run: Path, step: int, keep: int) -> None:
     partial = partial_state(run, step)
     for file in partial.rglob("*"):
         if file.is_file():
-            sync(file)
-    sync(partial)
+            files.sync(file)
+    files.sync(partial)
     final = partial.with_suffix("")
     if final.exists():  # the same step, saved before a stop
         shutil.rmtree(final)
     partial.rename(final)
-    sync(run)
+    files.sync(run)
     write_text(run / MARKER, final.name + "\n")
     for old in sorted(run.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
@@ -99,6 +90,7 @@ def save_checkpoint(
     recipe: dict[str, Any] | None = None,
 ) -> None:
     """Write a whole checkpoint in Hugging Face format, with what convert needs to know in ``llava_edge.json``."""
+    files.recover_directory(directory)
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -107,13 +99,8 @@ def save_checkpoint(
     if recipe is not None:
         (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     for file in partial.iterdir():
-        sync(file)
-    old = directory.with_name(directory.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if directory.exists():
-        directory.replace(old)
-    partial.replace(directory)
-    shutil.rmtree(old, ignore_errors=True)
+        files.sync(file)
+    files.replace_directory(partial, directory)
 
 
 def read_description(directory: Path) -> dict[str, Any]:

@@ -25,8 +25,8 @@ from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, PromptFormat,
 from llava_edge.convert.gguf_file import tensor_types
 from llava_edge.convert.quantize import check_type, quantize
 from llava_edge.errors import InputError
+from llava_edge.paths import cache_dir
 from llava_edge.types import ImageSpec
-from llava_edge.vision.selfcheck import cache_dir
 
 MMPROJ_TYPES = ("F16", "Q8_0")
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

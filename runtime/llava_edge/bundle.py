@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from llava_edge.errors import InputError, ModelError
+from llava_edge.paths import models_dir
+from llava_edge.registry import known_models
 from llava_edge.strict_json import Fields, parse_object
 from llava_edge.types import ImageSpec
 
@@ -327,7 +329,7 @@ def embedded_models() -> dict[str, Path]:
 
 
 def resolve_model(name_or_dir: str | os.PathLike[str]) -> Bundle:
-    """Open a bundle by its directory or by the name of an embedded model.
+    """Open a bundle by its directory, or by the name of an embedded or a pulled model.
 
     A directory without a manifest gives way to an embedded model of that name.
     """
@@ -340,11 +342,16 @@ def resolve_model(name_or_dir: str | os.PathLike[str]) -> Bundle:
         return open_bundle(models[name])
     if directory.is_dir():
         return open_bundle(directory)
+    if _SAFE_NAME.match(name) and (models_dir() / name / MANIFEST_NAME).is_file():
+        return open_bundle(models_dir() / name)
     known = ", ".join(models) or "none"
     near = difflib.get_close_matches(name, models, n=1)
-    hint = (
-        f"Did you mean {near[0]}?" if near else "Give one of these names, or a directory made by `llava-edge convert`."
-    )
+    if near:
+        hint = f"Did you mean {near[0]}?"
+    elif "/" in name or name in known_models():
+        hint = f"Pull it first: llava-edge pull {name}"
+    else:
+        hint = "Give one of these names, or a directory made by `llava-edge convert`."
     raise ModelError(f"no model {name!r}; models that came with this package: {known}", hint=hint)
 
 

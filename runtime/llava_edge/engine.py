@@ -18,6 +18,7 @@ import numpy as np
 
 from llava_edge import native
 from llava_edge.errors import LlavaEdgeError, ModelError
+from llava_edge.gguf_check import check_gguf
 from llava_edge.llama_batch import Batches
 
 if TYPE_CHECKING:
@@ -345,7 +346,7 @@ class Engine:
 
     def _load(self, n_gpu_layers: int | None, repack: bool) -> None:
         library = self._library
-        check_gguf(self.path)
+        check_gguf(self.path, "llm")
         params = library.llama_model_default_params()
         if n_gpu_layers is None:
             n_gpu_layers = -1 if library.llama_supports_gpu_offload() else 0
@@ -412,19 +413,6 @@ class Engine:
     def _check_open(self) -> None:
         if not self._model:
             raise EngineError("the model is closed")
-
-
-def check_gguf(path: Path) -> None:
-    """Refuse what is obviously no GGUF file, before llama.cpp reads it."""
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except FileNotFoundError:
-        raise ModelError(f"no such model file: {path}", hint="Check the path.") from None
-    except OSError as error:
-        raise ModelError(f"can't read {path}: {error.strerror}") from None
-    if magic != b"GGUF":
-        raise ModelError(f"{path} is not a GGUF file: it begins with {magic!r}", hint="Convert the model to GGUF.")
 
 
 def _because() -> str:

@@ -32,6 +32,17 @@ class ParityError(ModelError):
     """A written file does not compute what it was made of; nothing but a report was kept."""
 
 
+class ModelFileError(ModelError):
+    """A model's file is malformed. ``field`` names what is wrong in it: a key, a tensor, a part of its header."""
+
+    def __init__(self, path: object, field: str, problem: str) -> None:
+        super().__init__(
+            f"{path}: {field} {problem}",
+            hint="The file is damaged, unfinished or not made for llama.cpp: get it again, from a source you trust.",
+        )
+        self.field = field
+
+
 class ContextFullError(LlavaEdgeError):
     """The prompt and the answer don't fit the context; the message has both numbers."""
 

@@ -6,14 +6,14 @@ Shapes: H height, W width in pixels, colour last and uint8 until :func:`normaliz
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.util
 import io
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -27,27 +27,34 @@ if TYPE_CHECKING:
 
     ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | NDArray[Any]
 
-FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WebP", "GIF", "BMP", "TIFF", "PPM", "HEIC with the extra 'heic'")
 MAX_PIXELS = 40_000_000
 # A baseline JPEG is decoded at a half, a quarter or an eighth of its size without ever holding the whole picture.
 MAX_JPEG_PIXELS = 200_000_000
 MAX_ASPECT = 50
+# The decoders of WebP and HEIC hold the picture up to five times, and the file.
+MAX_COSTLY_PIXELS = 24_000_000
+MAX_COSTLY_BYTES = 48 * 1024 * 1024
 MAX_FILE_BYTES = 256 * 1024 * 1024
 _TARGET_PIXELS = 4_000_000
 
-# First bytes, Pillow's module and class. The class is called directly: Image.open would load every plug-in, and
+# First bytes, module and class. The class is called directly: Image.open would load every plug-in, and
 # report large pictures through the warnings of the whole process.
 READERS = (
-    (b"\xff\xd8\xff", "JpegImagePlugin", "JpegImageFile"),
-    (b"\x89PNG\r\n\x1a\n", "PngImagePlugin", "PngImageFile"),
-    (b"RIFF", "WebPImagePlugin", "WebPImageFile"),
-    (b"GIF8", "GifImagePlugin", "GifImageFile"),
-    (b"BM", "BmpImagePlugin", "BmpImageFile"),
-    (b"II*\x00", "TiffImagePlugin", "TiffImageFile"),
-    (b"MM\x00*", "TiffImagePlugin", "TiffImageFile"),
-    *((b"P%d" % number, "PpmImagePlugin", "PpmImageFile") for number in range(1, 7)),
+    (b"\xff\xd8\xff", "PIL.JpegImagePlugin", "JpegImageFile"),
+    (b"\x89PNG\r\n\x1a\n", "PIL.PngImagePlugin", "PngImageFile"),
+    (b"RIFF", "PIL.WebPImagePlugin", "WebPImageFile"),
+    (b"GIF8", "PIL.GifImagePlugin", "GifImageFile"),
+    (b"BM", "PIL.BmpImagePlugin", "BmpImageFile"),
+    (b"II*\x00", "PIL.TiffImagePlugin", "TiffImageFile"),
+    (b"MM\x00*", "PIL.TiffImagePlugin", "TiffImageFile"),
+    *((b"P%d" % number, "PIL.PpmImagePlugin", "PpmImageFile") for number in range(1, 7)),
 )
+HEIF_MODULE = "pillow_heif"
 _MAGIC_BYTES = 12
+# What iPhones write: brands of the HEIF container with HEVC pictures.
+_HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"}
+_COSTLY = ("WebPImageFile", "HeifImageFile")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,6 +66,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _TIFF_TILE = (322, 323)
+# Deep pictures are made flat so many pixels at a time.
+_STRIP_PIXELS = 1_000_000
 
 
 def open_image(source: ImageSource, *, pad_color: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
@@ -76,23 +85,30 @@ def open_image(source: ImageSource, *, pad_color: tuple[int, int, int] = (255, 2
     ------
     ImageError
         No such file, not a picture of a supported format, damaged, or outside the limits: 40 megapixels (200 for
-        JPEG that is not progressive) and an aspect of 50:1. Only the first frame of an animation is read.
+        JPEG that is not progressive, 24 for WebP and HEIC) and an aspect of 50:1. Only the first frame of
+        an animation is read.
     """
     if isinstance(source, Image.Image):
         _check_size("the picture", source.width, source.height, MAX_PIXELS)
         with _as_image_errors("the picture"):
-            return _upright_rgb(source, pad_color)
+            return _turn(_rgb(source, pad_color), _orientation(source))
     if isinstance(source, np.ndarray):
-        return _upright_rgb(_from_array(source), pad_color)
+        return _rgb(_from_array(source), pad_color)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(bytes(source), "the picture", pad_color)
+        return _decode(io.BytesIO(source), "the picture", pad_color)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(
             f"a picture can't be read from {type(source).__name__}",
             hint="Give a path, bytes, a PIL.Image.Image or an array of uint8.",
         )
     path = Path(source)
-    return _decode(_read_file(path), str(path), pad_color)
+    try:
+        with _open_file(path) as file:
+            return _decode(file, str(path), pad_color)
+    except FileNotFoundError:
+        raise ImageError(f"no such picture: {path}", hint="Check the path.") from None
+    except (OSError, ValueError) as error:
+        raise ImageError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def read(source: ImageSource, spec: ImageSpec | None, pad_color: tuple[int, int, int]) -> Image.Image:
@@ -104,7 +120,7 @@ def read(source: ImageSource, spec: ImageSpec | None, pad_color: tuple[int, int,
 def kind(data: bytes) -> str:
     """The name of a picture file's format, as in ``image/jpeg``."""
     module, _ = _reader(data[:_MAGIC_BYTES], "the picture")
-    return module.removesuffix("ImagePlugin").lower()
+    return "heic" if module == HEIF_MODULE else module.removeprefix("PIL.").removesuffix("ImagePlugin").lower()
 
 
 def content_hash(image: Image.Image) -> str:
@@ -161,30 +177,28 @@ def normalize(image: Image.Image, spec: ImageSpec) -> NDArray[np.float32]:
     return np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
 
 
-def _read_file(path: Path) -> bytes:
-    """The file's bytes, once its first ones are those of a picture."""
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(f"{path} is a directory, not a picture", hint="Name one picture file.")
-        if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{path} is not a regular file", hint="Copy the picture into a file first.")
-        with path.open("rb") as file:
-            start = file.read(_MAGIC_BYTES)
-            _reader(start, str(path))
-            data = start + file.read(MAX_FILE_BYTES)
-    except FileNotFoundError:
-        raise ImageError(f"no such picture: {path}", hint="Check the path.") from None
-    except (OSError, ValueError) as error:
-        raise ImageError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from None
-    return data
+def _open_file(path: Path) -> BinaryIO:
+    """A regular file; a device or a pipe could go on for ever, or wait."""
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        raise ImageError(f"{path} is a directory, not a picture", hint="Name one picture file.")
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{path} is not a regular file", hint="Copy the picture into a file first.")
+    return path.open("rb")
 
 
 def _reader(start: bytes, name: str) -> tuple[str, str]:
-    """Pillow's module and class for a file that starts with these bytes."""
+    """Module and class for a file that starts with these bytes."""
     for magic, module, reader in READERS:
         if start.startswith(magic) and (magic != b"RIFF" or start[8:12] == b"WEBP"):
             return module, reader
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS:
+        if importlib.util.find_spec(HEIF_MODULE) is None:
+            raise ImageError(
+                f"{name} is a HEIC picture, which needs the extra 'heic'",
+                hint="Run in a clone of the repository: pip install '.[heic]'. Or save the picture as JPEG.",
+            )
+        return HEIF_MODULE, "HeifImageFile"
     raise ImageError(f"{name} is not a picture that can be read", hint=f"Supported formats: {', '.join(FORMATS)}.")
 
 
@@ -203,11 +217,13 @@ def _as_image_errors(name: str) -> Iterator[None]:
         raise ImageError(f"{name} is damaged: {error}", hint="Save the picture again and retry.") from None
 
 
-def _decode(data: bytes, name: str, pad_color: tuple[int, int, int]) -> Image.Image:
-    if len(data) > MAX_FILE_BYTES:
-        raise ImageError(f"{name} has more than {MAX_FILE_BYTES:,} bytes", hint="Make it smaller first.")
-    module, reader = _reader(data[:_MAGIC_BYTES], name)
-    with _as_image_errors(name), getattr(importlib.import_module(f"PIL.{module}"), reader)(io.BytesIO(data)) as image:
+def _decode(file: BinaryIO, name: str, pad_color: tuple[int, int, int]) -> Image.Image:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    module, reader = _reader(file.read(_MAGIC_BYTES), name)
+    file.seek(0)
+    _check_bytes(name, size, MAX_COSTLY_BYTES if reader in _COSTLY else MAX_FILE_BYTES)
+    with _as_image_errors(name), getattr(importlib.import_module(module), reader)(file) as image:
         _check_limits(image, name)
         if image.format == "JPEG" and image.width * image.height > MAX_PIXELS:
             scale = (_TARGET_PIXELS / (image.width * image.height)) ** 0.5
@@ -215,13 +231,23 @@ def _decode(data: bytes, name: str, pad_color: tuple[int, int, int]) -> Image.Im
         if ImageFile.LOAD_TRUNCATED_IMAGES:
             raise ImageError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is set; half pictures are not accepted")
         image.load()
-        return _upright_rgb(image, pad_color)
+        orientation = _orientation(image)
+        picture = _rgb(image, pad_color)
+        image.close()  # frees its pixels before there are others
+        return _turn(picture, orientation)
+
+
+def _check_bytes(name: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise ImageError(f"{name} has more than {limit:,} bytes", hint="Make it smaller first.")
 
 
 def _check_limits(image: Image.Image, name: str) -> None:
     # A progressive JPEG keeps all its coefficients in memory, at whatever scale it is decoded.
     reducible = image.format == "JPEG" and not image.info.get("progressive")
-    _check_size(name, image.width, image.height, MAX_JPEG_PIXELS if reducible else MAX_PIXELS)
+    costly = image.format in ("WEBP", "HEIF")
+    limit = MAX_JPEG_PIXELS if reducible else MAX_COSTLY_PIXELS if costly else MAX_PIXELS
+    _check_size(name, image.width, image.height, limit)
     if image.format == "TIFF":
         width, height = (int(getattr(image, "tag_v2", {}).get(tag, 1)) for tag in _TIFF_TILE)
         if width * height > MAX_PIXELS:
@@ -253,17 +279,20 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     return Image.fromarray(array)
 
 
-def _upright_rgb(image: Image.Image, pad_color: tuple[int, int, int]) -> Image.Image:
-    turned = _UPRIGHT.get(_orientation(image))
+def _rgb(image: Image.Image, pad_color: tuple[int, int, int]) -> Image.Image:
+    """An RGB picture of its own; what is transparent shows the pad colour."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         image = _to_eight_bits(image)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        image = Image.new("RGB", layer.size, pad_color)
-        image.paste(layer, mask=layer.getchannel("A"))
-    else:
-        image = image.convert("RGB")
-    return image if turned is None else image.transpose(turned)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    layer = image if image.mode == "RGBA" else image.convert("RGBA")
+    canvas = Image.new("RGB", layer.size, pad_color)
+    canvas.paste(layer, mask=layer)
+    return canvas
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _orientation(image: Image.Image) -> int:
@@ -279,11 +308,19 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
     Fractions from 0 to 1 are scaled; other values that fit into 8 bits stay.
     """
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values, nan=0.0)
-        top = values.max(initial=0)
-        values = values * np.float32(255 if top <= 1 else 255 / 65535 if top > 255 else 1)
-    elif values.max(initial=0) > 255:
-        values = values >> 8
-    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+    top = max(float(np.nan_to_num(strip, nan=0.0).max(initial=0)) for _, strip in _strips(image))
+    flat = np.empty((image.height, image.width), np.uint8)
+    for row, strip in _strips(image):
+        if image.mode == "F":
+            strip = np.nan_to_num(strip, nan=0.0) * np.float32(255 if top <= 1 else 255 / 65535 if top > 255 else 1)
+        elif top > 255:
+            strip = strip >> 8
+        flat[row : row + len(strip)] = strip.clip(0, 255)
+    return Image.fromarray(flat)
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, NDArray[Any]]]:
+    """A few rows at a time, with the number of the first: NumPy's copy of a large deep picture takes much memory."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for row in range(0, image.height, rows):
+        yield row, np.asarray(image.crop((0, row, image.width, min(row + rows, image.height))))

@@ -12,13 +12,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from llava_edge import images
-from llava_edge.bundle import Bundle, resolve_model
-from llava_edge.engine import Engine, check_gguf
+from llava_edge import images, store
+from llava_edge.bundle import Bundle, embedded_models, resolve_model
+from llava_edge.engine import Engine
 from llava_edge.errors import InputError, ModelError
 from llava_edge.generate import TokenLoop
+from llava_edge.gguf_check import check_gguf
+from llava_edge.gguf_mmproj import known_defects
 from llava_edge.kv_cache import KvCache
+from llava_edge.onnx_check import check_onnx
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
+from llava_edge.trial import require_trial
 from llava_edge.vision import EncodedImage
 from llava_edge.vision.tokens import pool, pooled_counts, pooled_grid
 
@@ -61,7 +65,8 @@ def load(
     Parameters
     ----------
     model
-        The name of a model that came with the package (``"nano"``, which is the default), or a bundle's directory.
+        The name of a model that came with the package (``"nano"``, which is the default) or was pulled, or a bundle's
+        directory.
     llm, mmproj
         Instead: any pair of GGUF files that llama.cpp can run, used with the language model's own chat template.
     n_ctx
@@ -95,9 +100,11 @@ def load(
     if llm or mmproj:
         parts = _raw_pair(model, llm, mmproj, vision_backend)
     else:
-        parts = _bundle_parts(model or DEFAULT_MODEL, image_tokens, vision_backend)
+        pulled = _pulled_pair(model or DEFAULT_MODEL, vision_backend)
+        parts = pulled or _bundle_parts(model or DEFAULT_MODEL, image_tokens, vision_backend)
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
+    _preflight(parts)
     engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_seq_max=n_seq_max)
     try:
         return Model(engine, parts, started)
@@ -335,11 +342,42 @@ def _raw_pair(
     if not (llm and mmproj):
         have, lack = ("llm", "mmproj") if llm else ("mmproj", "llm")
         raise InputError(f"{have} without {lack}: a raw pair needs both", hint=f"Give {lack} too.")
+    _require_mtmd(vision_backend)
+    return Parts(Path(llm).stem, Path(llm), Path(mmproj))
+
+
+def _require_mtmd(vision_backend: str) -> None:
     if vision_backend not in ("auto", "mtmd"):
         raise InputError(f"vision_backend is {vision_backend!r}; a raw pair of GGUF files runs only with mtmd")
-    for path in (llm, mmproj):
-        check_gguf(Path(path))
-    return Parts(Path(llm).stem, Path(llm), Path(mmproj))
+
+
+def _pulled_pair(model: str | os.PathLike[str], vision_backend: str) -> Parts | None:
+    """The files of a raw pair that was pulled, by its name or directory; None if it is something else."""
+    directory = Path(model)
+    if (directory / store.PAIR_NAME).is_file():
+        pulled: store.Pulled | None = store.open_pulled(directory)
+    elif directory.is_dir() or os.fspath(model) in embedded_models():
+        return None
+    else:
+        pulled = store.find(os.fspath(model))
+    if pulled is None or pulled.pair is None:
+        return None
+    _require_mtmd(vision_backend)
+    return Parts(pulled.name, pulled.directory / pulled.pair.file("llm"), pulled.directory / pulled.pair.file("mmproj"))
+
+
+def _preflight(parts: Parts) -> None:
+    """Check the files before native code sees them, and say what llama.cpp is known to compute wrongly."""
+    llm = check_gguf(parts.llm, "llm")
+    if parts.bundle is not None and any(file.role == "vision_onnx" for file in parts.bundle.manifest.files):
+        check_onnx(parts.bundle.file("vision_onnx"))
+    if parts.mmproj is None:
+        return
+    mmproj = check_gguf(parts.mmproj, "mmproj")
+    if parts.bundle is None:  # a bundle's manifest ranks what computes it, and its probe shows what is wrong
+        for defect in known_defects(mmproj):
+            log.warning("%s: %s", parts.name, defect)
+    require_trial(llm, mmproj)
 
 
 def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None, vision_backend: str) -> Parts:

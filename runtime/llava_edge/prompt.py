@@ -18,6 +18,15 @@ if TYPE_CHECKING:
     from llava_edge.bundle import PromptFormat
 
 
+# Names that turns, pictures and ends have in vocabularies that don't mark them as control tokens. Other tokens that are
+# made of their names, such as runs of blanks and HTML's tags, are text.
+_MARKER = re.compile(
+    r"<[|\uff5c].*[|\uff5c]>|</?s>|\[/?[A-Z_]+\]"
+    r"|<[^>]*(image|img|vision|video|audio|media|turn|user|assistant|system|eo[st]|bos|pad|unk)[^>]*>",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
 @dataclass(frozen=True)
 class Scaffold:
     """Text of the conversation's format, special tokens included."""
@@ -212,5 +221,9 @@ class PromptTokenizer:
     def _is_structural(self, token: int) -> bool:
         known = self._structural.get(token)
         if known is None:
-            known = self._structural[token] = self._vocabulary.is_control(token)
+            known = self._structural[token] = self._vocabulary.is_control(token) or self._is_marker(token)
         return known
+
+    def _is_marker(self, token: int) -> bool:
+        """Whether a token that the vocabulary makes of its name in any text marks turns or pictures."""
+        return self._vocabulary.is_user_defined(token) and bool(_MARKER.fullmatch(self._vocabulary.token_text(token)))

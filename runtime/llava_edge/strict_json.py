@@ -54,6 +54,20 @@ class Fields:
         """A whole number."""
         return self._typed(key, int, "a whole number")
 
+    def boolean(self, key: str) -> bool:
+        """True or false."""
+        value = self._get(key)
+        if not isinstance(value, bool):
+            raise InputError(f"{self._path(key)} is {_short(value)}; expected true or false")
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self._get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise InputError(f"{self._path(key)} is {_short(value)}; expected a number")
+        return float(value)
+
     def texts(self, key: str) -> tuple[str, ...]:
         """A list of strings."""
         return tuple(self._items(key, (str,), "texts", None))

@@ -130,8 +130,8 @@ def test_the_context_has_the_asked_length(tiny_llm: Path) -> None:
     [
         (b"", "not a GGUF file"),
         (b"just a text, no model", "not a GGUF file"),
-        (b"GGUF" + b"\xff" * 200, "can't be loaded as a language model"),
-        (b"GGUF\x03\0\0\0" + b"\0" * 16, "can't be loaded as a language model"),
+        (b"GGUF" + b"\xff" * 200, "version is 4294967295"),
+        (b"GGUF\x03\0\0\0" + b"\0" * 16, "general.architecture is ''"),
     ],
 )
 def test_files_that_are_no_models_are_refused_in_words(tmp_path: Path, content: bytes, says: str) -> None:
@@ -144,19 +144,19 @@ def test_files_that_are_no_models_are_refused_in_words(tmp_path: Path, content: 
 def test_a_cut_file_is_refused(tmp_path: Path, tiny_llm: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny_llm.read_bytes()[:-5000])
-    with pytest.raises(ModelError, match=r"can't be loaded as a language model: .*(corrupt|bounds|file)"):
+    with pytest.raises(ModelError, match=r"tensor blk.1.ffn_down.weight ends at byte \d+; the file has"):
         Engine(path, n_threads=1)
 
 
 def test_a_vision_tower_is_no_language_model(tiny_mmproj: Path) -> None:
-    with pytest.raises(ModelError, match="can't be loaded as a language model"):
+    with pytest.raises(ModelError, match="'clip'; this file is to be a language model"):
         Engine(tiny_mmproj, n_threads=1)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no such model file: .*missing\.gguf"):
         Engine(tmp_path / "missing.gguf")
-    with pytest.raises(ModelError, match="can't read"):
+    with pytest.raises(ModelError, match="is not a file"):
         Engine(tmp_path)
 
 

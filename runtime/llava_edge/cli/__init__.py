@@ -21,6 +21,12 @@ from llava_edge.errors import LlavaEdgeError
 COMMANDS = {
     "chat": ("llava_edge.cli.chat:chat", "Ask about pictures: one question, or a conversation."),
     "serve": ("llava_edge.cli.serve:serve", "Answer programs (OpenAI's protocol) and people (a web page)."),
+    "pull": ("llava_edge.cli.pull:pull", "Download a model by name, or from any repository of the hub."),
+    "list": ("llava_edge.cli.models:list_models", "List the models that are here."),
+    "show": ("llava_edge.cli.models:show", "Show what is known of a model."),
+    "remove": ("llava_edge.cli.models:remove", "Delete a pulled model."),
+    "verify": ("llava_edge.cli.models:verify", "Compare models' files with their checksums."),
+    "doctor": ("llava_edge.cli.doctor:doctor", "Check this installation, its models and this machine."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "quantize": ("llava_edge.cli.quantize:quantize", "Make a bundle smaller."),
     "imatrix": ("llava_edge.cli.imatrix:imatrix", "Learn from pictures and answers which weights matter most."),

@@ -190,7 +190,7 @@ def quality(
     from llava_edge.bench.models import open_subject, open_subjects
     from llava_edge.bench.quality.data import read_data
     from llava_edge.bench.quality.measure import QualitySettings, bench_quality
-    from llava_edge.vision.selfcheck import cache_dir
+    from llava_edge.paths import cache_dir
 
     _check_output(output)
     if data is None:

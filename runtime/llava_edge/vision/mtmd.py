@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_edge import native
-from llava_edge.engine import Engine, EngineError, check_gguf
+from llava_edge.engine import Engine, EngineError
 from llava_edge.errors import ImageError, ModelError
+from llava_edge.gguf_check import check_gguf
 from llava_edge.vision import ImageChunk
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class MtmdEncoder:
         self._engine = engine
         self._library = native.mtmd()
         self._context: Any = None
-        check_gguf(self.path)
+        check_gguf(self.path, "mmproj")
         params = self._library.mtmd_context_params_default()
         params.use_gpu = engine.n_gpu_layers != 0
         params.print_timings = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from llava_edge import native
 from llava_edge.bundle import probe_picture
 from llava_edge.errors import ModelError
+from llava_edge.paths import cache_dir
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,16 +26,6 @@ log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.99
 _LIBRARY = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime"}
-
-
-def cache_dir() -> Path:
-    """Where llava-edge remembers what it has measured: ``LLAVA_EDGE_HOME``, else the platform's place for caches."""
-    home = os.environ.get("LLAVA_EDGE_HOME")
-    if home:
-        return Path(home)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("llava-edge", appauthor=False))
 
 
 def check(encoder: VisionEncoder, bundle: Bundle, role: Role, backend: str) -> float | None:
