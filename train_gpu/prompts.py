@@ -108,7 +108,8 @@ class Renderer:
         if "{eos}" in self.text.stop and not tokenizer.eos_token:
             raise InputError(f"the format {name} ends answers with the tokenizer's eos_token, and it has none")
         self.stop = self.text.stop.replace("{eos}", tokenizer.eos_token or "")
-        names = sorted(set(map(str, tokenizer.get_added_vocab())), key=len, reverse=True)
+        self._added: dict[str, int] = dict(tokenizer.get_added_vocab())
+        names = sorted(self._added, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})") if names else None
         for special in re.findall(
             r"<\|\w+\|>", self.text.user + self.text.user_suffix + self.text.assistant + self.stop
@@ -164,8 +165,7 @@ class Renderer:
             return cut
         if self._special is None:
             return [piece.text]
-        vocabulary: dict[str, int] = self.tokenizer.get_added_vocab()
-        return [vocabulary.get(part, part) for part in self._special.split(piece.text)]
+        return [self._added.get(part, part) for part in self._special.split(piece.text)]
 
     def _flush(self, sample: Sample, run: list[_Piece], tokens: Tokens) -> None:
         """Tokenise adjoining plain text in one call and label what belongs to answers."""
