@@ -28,6 +28,8 @@ _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}/[A-Za-z0-9][A-Za-z0-9._-]{0
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _SHA1 = re.compile(r"[0-9a-f]{40}\Z")
 
+_CHUNK_BYTES = 64 * 1024
+
 Progress = Callable[[int], None]
 
 
@@ -105,11 +107,13 @@ def download(repository: Repository, file: RemoteFile, directory: Path, progress
 
 
 def _fetch(repository: Repository, file: RemoteFile, partial: Path, progress: Progress | None) -> None:
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers, disable_progress_bars  # type: ignore[attr-defined]
 
     disable_progress_bars("huggingface_hub.http_get")
+    # What is less than a chunk is lost when the connection breaks, and the library's chunk is 10 MB.
+    constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_BYTES
     have = partial.stat().st_size if partial.exists() else 0
     if have > file.size:
         partial.unlink()
