@@ -108,7 +108,7 @@ def align_words(
     unfold_standardisation(projector, mean, std)  # the optimiser likes unit inputs
     optimizer = torch.optim.AdamW([*projector.parameters(), *reader.parameters()], lr=lr, weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
-    epochs = epochs or {16: 8}
+    epochs = epochs or {16: 10}
     total = sum(epochs.values()) * math.ceil(len(names) / batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=0.1)
     log.info("%d words of %d pictures", len(ids), len(names))
