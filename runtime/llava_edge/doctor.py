@@ -137,41 +137,52 @@ def _model(name: str, find: Callable[[], store.Pulled], quick: bool) -> Iterator
 
 
 def _self_checks() -> Iterator[Finding]:
-    """Load each bundle and let its vision backend encode the probe picture."""
+    """Load each bundle and let each of its vision backends encode the probe picture."""
+    from llava_edge.vision.backends import candidates
+
     directories = {**embedded_models(), **{name: models_dir() / name for name in store.pulled_names()}}
     for name, directory in directories.items():
         try:
             bundle = open_bundle(directory)
         except LlavaEdgeError:
             continue  # a raw pair, which has no probe, or a damaged one, which was reported
-        yield _self_check(name, bundle)
+        if bundle.manifest.probe is None:
+            text = f"{name} has no probe: nothing tells whether its vision tower is right here"
+            yield Finding(f"self-check {name}", "note", text)
+            continue
+        usable = candidates(bundle, "auto")
+        for backend in usable:
+            yield _self_check(name, bundle, backend, preferred=backend == usable[0])
 
 
-def _self_check(name: str, bundle: Bundle) -> Finding:
+def _self_check(name: str, bundle: Bundle, backend: str, *, preferred: bool) -> Finding:
+    """What one backend makes of the probe. A fault of one that chat would not take is only noted."""
     from llava_edge.bundle import probe_picture
     from llava_edge.engine import Engine
-    from llava_edge.vision.mtmd import MtmdEncoder
+    from llava_edge.vision.backends import make_encoder
     from llava_edge.vision.selfcheck import MIN_COSINE, mean_cosine
 
-    probe, topic = bundle.manifest.probe, f"self-check {name}"
-    if probe is None:
-        return Finding(topic, "note", f"{name} has no probe: nothing tells whether its vision tower is right here")
+    assert bundle.manifest.probe is not None
+    topic = f"self-check {name}"
+    fault: Level = "bad" if preferred else "note"
+    package = "llama-cpp-python" if backend == "mtmd" else "onnxruntime"
     try:
         engine = Engine(bundle.file("llm"), n_ctx=256)
         try:
-            encoder = MtmdEncoder(bundle.file("mmproj"), engine)
+            encoder = make_encoder(bundle, engine, backend)
             (embeddings,) = encoder.encode([probe_picture(bundle.manifest.image.size)])
             encoder.close()
         finally:
             engine.close()
     except LlavaEdgeError as error:
-        return Finding(topic, "bad", f"{name}: {_without_paths(str(error))}", "Reinstall llama-cpp-python.")
-    cosine = mean_cosine(embeddings, probe)
-    facts = {"backend": "mtmd", "cosine": round(cosine, 6)}
+        return Finding(topic, fault, f"{name}: {_without_paths(str(error))}", f"Reinstall {package}.")
+    cosine = mean_cosine(embeddings, bundle.manifest.probe)
+    facts = {"backend": backend, "cosine": round(cosine, 6)}
     if cosine < MIN_COSINE:
-        text = f"{name}: mtmd is wrong here, cosine {cosine:.4f} to the expected embeddings"
-        return Finding(topic, "bad", text, "Reinstall llama-cpp-python from source on this machine.", facts)
-    return Finding(topic, "good", f"{name}: mtmd is right, cosine {cosine:.4f}", facts=facts)
+        text = f"{name}: {backend} is wrong here, cosine {cosine:.4f} to the expected embeddings"
+        advice = f"Reinstall {package} on this machine." if preferred else "Nothing: chat takes a better one."
+        return Finding(topic, fault, text, advice, facts)
+    return Finding(topic, "good", f"{name}: {backend} is right, cosine {cosine:.4f}", facts=facts)
 
 
 def _disk() -> Iterator[Finding]:

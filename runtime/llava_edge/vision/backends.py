@@ -53,7 +53,7 @@ def open_encoder(bundle: Bundle, engine: Engine, choice: str) -> tuple[str, Visi
 
 
 def _open(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
-    encoder = _make(bundle, engine, name)
+    encoder = make_encoder(bundle, engine, name)
     try:
         selfcheck.check(encoder, bundle, ROLE_OF[name], name)
     except BaseException:
@@ -62,7 +62,8 @@ def _open(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
     return encoder
 
 
-def _make(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
+def make_encoder(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
+    """A backend by name, not yet checked."""
     path = bundle.file(ROLE_OF[name])
     if name == "onnx":
         from llava_edge.vision.onnx import OnnxEncoder
