@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 MAX_STDIN_BYTES = 16 * 1024 * 1024
 
 
+vision_backend_option = click.option(
+    "--vision-backend",
+    metavar="NAME",
+    type=click.Choice(["auto", "onnx", "mtmd"]),
+    default="auto",
+    show_default=True,
+    help="What reads pictures: auto, onnx or mtmd.",
+)
+
+
 @click.command(short_help="Ask about pictures: one question, or a conversation.")
 @click.option("-p", "--prompt", metavar="TEXT", help="Ask one question and exit; '-' reads it from standard input.")
 @click.option(
@@ -89,14 +99,7 @@ MAX_STDIN_BYTES = 16 * 1024 * 1024
     help="Layers on the GPU, -1 for all.  [default: all on Metal, else none]",
 )
 @click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Tokens per picture.  [default: the model's]")
-@click.option(
-    "--vision-backend",
-    metavar="NAME",
-    type=click.Choice(["auto", "onnx", "mtmd"]),
-    default="auto",
-    show_default=True,
-    help="What reads pictures: auto, onnx or mtmd.",
-)
+@vision_backend_option
 @click.option("--json", "as_json", is_flag=True, help="With -p: print one JSON object with text, usage and timings.")
 @click.option("--stats", is_flag=True, help="Show times and speeds on stderr.")
 @click.option("--quiet", is_flag=True, help="Show nothing but answers and errors.")
