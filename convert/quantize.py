@@ -50,6 +50,12 @@ def check_type(name: str, choices: Iterable[str]) -> str:
     raise InputError(f"{name!r} is no type for this file; expected one of {', '.join(known.values())}", hint=hint)
 
 
+def file_type(name: str) -> gguf.LlamaFileType:
+    """What a GGUF file's header says of its types."""
+    found: gguf.LlamaFileType = getattr(gguf.LlamaFileType, "ALL_F32" if name == "F32" else f"MOSTLY_{name}")
+    return found
+
+
 def quantize(
     source: Path,
     target: Path,
@@ -66,7 +72,7 @@ def quantize(
     library = native.llama()
     params = library.llama_model_quantize_default_params()
     params.nthread = threads
-    params.ftype = int(getattr(gguf.LlamaFileType, f"MOSTLY_{type_name}"))
+    params.ftype = int(file_type(type_name))
     if type_name in ("Q4_K_M", "Q4_K_S") and not _word_embeddings_fit(source):
         # llama.cpp would take Q8_0 for a table that is a fifth of a small model and loses nothing by 5 bits.
         params.token_embedding_type = int(gguf.GGMLQuantizationType.Q5_0)

@@ -107,6 +107,8 @@ def read_description(directory: Path) -> dict[str, Any]:
     """``llava_edge.json`` of a checkpoint."""
     path = directory / DESCRIPTION
     if not path.is_file():
-        raise InputError(f"{directory} has no {DESCRIPTION}", hint="Make the starting checkpoint with `prepare`.")
+        raise InputError(
+            f"{directory} has no {DESCRIPTION}", hint="Name a checkpoint that llava-edge trained or prepared."
+        )
     description: dict[str, Any] = json.loads(path.read_text())
     return description

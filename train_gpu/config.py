@@ -91,6 +91,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if bool(self.sources) == bool(self.samples):
             raise InputError("data needs either sources or samples", hint="See the recipes that come with llava-edge.")
+        if self.weights and not self.samples:
+            raise InputError("data.weights belongs to data.samples", hint="Sources have their weight beside them.")
         if len(self.image_tokens) != len(self.image_token_weights):
             raise InputError("data.image_tokens and data.image_token_weights differ in length")
         if self.features and self.cache_features:

@@ -76,7 +76,8 @@ class Run:
     def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
-        self.directory = Path(recipe.output + ".run")
+        output = Path(recipe.output)
+        self.directory = output.with_name(f"{output.name}.run")
         state = checkpoint.last_state(self.directory) if resume else None
         if not resume and (self.directory / checkpoint.MARKER).exists():
             raise InputError(

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"
 # SmolLM2 keeps 17 reserved tokens for its users; taking one for the image leaves the vocabulary's size alone.
 RESERVED_FOR_IMAGE = "<reponame>"
 

@@ -1,4 +1,4 @@
-"""Everything that nano's two stages start from: ``python -m llava_edge.train_gpu.prepare_nano --help``.
+"""Everything that nano's stages start from: ``python -m llava_edge.train_gpu.prepare_nano --help``.
 
 It unpacks the pictures, builds the samples, assembles the starting checkpoint, encodes every picture once and brings
 the projector near the language model's words.

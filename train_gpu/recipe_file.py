@@ -37,15 +37,13 @@ def builtin_recipes() -> list[str]:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    if path.is_dir() or not path.exists():  # a run's output may be named like its recipe
         name = str(path).removesuffix(".toml")
         if name not in builtin_recipes():
-            raise InputError(
-                f"no such recipe: {path}", hint=f"Name a file, or one of {', '.join(builtin_recipes())}."
-            ) from None
+            raise InputError(f"no such recipe: {path}", hint=f"Name a file, or one of {', '.join(builtin_recipes())}.")
         return resources.files("llava_edge.train_gpu").joinpath("recipes", f"{name}.toml").read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"can't read the recipe {path}: {error.strerror}") from None
 

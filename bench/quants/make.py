@@ -42,7 +42,7 @@ def open_reference(source: Path, work: Path, image_tokens: int | None, say: Say)
         )
     converted = work / "reference"
     if not (converted / MANIFEST_NAME).is_file():
-        require_extra("convert", "torch", "transformers", "safetensors")
+        require_extra("convert", "torch", "transformers", "safetensors", "onnx")
         from llava_edge.convert import convert_checkpoint
 
         convert_checkpoint(source, converted, llm_type="F16", mmproj_type="F16", progress=say)

@@ -17,7 +17,7 @@ from llava_edge.errors import InputError
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 # Bits a weight, rounded up; a tensor that falls back takes more, so that the greatest is assumed for the others.
-_BITS = {"Q6_K": 6.9, "Q5_K_M": 6.2, "Q5_K_S": 6.2, "Q4_0": 5.2}
+_BITS = {"F32": 32.0, "F16": 16.1, "BF16": 16.1, "Q6_K": 6.9, "Q5_K_M": 6.2, "Q5_K_S": 6.2, "Q4_0": 5.2}
 _MOST_BITS = 8.6
 
 

@@ -23,7 +23,7 @@ from llava_edge.bench.speed.ceilings import quantized_rows
 from llava_edge.bench.speed.shapes import Shape, TowerShape
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, PromptFormat, Role, VisualTokens, sha256_file
 from llava_edge.convert.gguf_file import tensor_types
-from llava_edge.convert.quantize import check_type, quantize
+from llava_edge.convert.quantize import check_type, file_type, quantize
 from llava_edge.errors import InputError
 from llava_edge.paths import cache_dir
 from llava_edge.types import ImageSpec
@@ -184,7 +184,7 @@ def _llm_writer(path: Path, shape: Shape, type_name: str) -> gguf.GGUFWriter:
     writer.add_rope_dimension_count(shape.head_width)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocabulary)
-    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{type_name}"))
+    writer.add_file_type(file_type(type_name))
     _add_vocabulary(writer, shape.vocabulary)
     return writer
 

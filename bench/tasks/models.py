@@ -117,7 +117,8 @@ class ModelChoice:
 def changed_manifest(manifest: Manifest, choice: ModelChoice) -> Manifest:
     """The manifest with the choice's ablations; InputError where the bundle can't have them."""
     if choice.image_mode:
-        manifest = replace(manifest, image=replace(manifest.image, mode=choice.image_mode))
+        grid = manifest.image.grid if choice.image_mode == "anyres" else ()
+        manifest = replace(manifest, image=replace(manifest.image, mode=choice.image_mode, grid=grid))
     if choice.prompt_format:
         if choice.prompt_format not in PROMPT_FORMATS:
             raise InputError(f"prompt format is {choice.prompt_format!r}; expected one of {', '.join(PROMPT_FORMATS)}")
@@ -133,6 +134,13 @@ def changed_manifest(manifest: Manifest, choice: ModelChoice) -> Manifest:
             )
         if list(choice.feature_layers) != sorted(set(choice.feature_layers)):
             raise InputError("feature layers must rise: llama.cpp puts them side by side in the order of the tower")
+        if not any(file.role == "mmproj" for file in manifest.files):
+            raise InputError(f"{manifest.name} has no mmproj file, the only one whose feature layers can be changed")
+        if any(file.role == "vision_onnx" for file in manifest.files):
+            raise InputError(
+                f"the ONNX vision tower of {manifest.name} has its feature layers built in",
+                hint="Convert the checkpoint once for each choice of layers.",
+            )
         # The probe was made with the bundle's own layers.
         manifest = replace(manifest, feature_layers=choice.feature_layers, probe=None)
     return manifest

@@ -41,7 +41,7 @@ def _value(key: str, text: str) -> Any:
             return tuple(int(layer) for layer in text.split("+"))
     except ValueError:
         raise InputError(f"{key} is {text!r} in the grid; expected whole numbers") from None
-    return text
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def run_sweep(job: Job, grid: dict[str, list[Any]], folder: Path, progress: Progress) -> list[dict[str, Any]]:

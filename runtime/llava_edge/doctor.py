@@ -150,7 +150,11 @@ def _self_checks() -> Iterator[Finding]:
             text = f"{name} has no probe: nothing tells whether its vision tower is right here"
             yield Finding(f"self-check {name}", "note", text)
             continue
-        usable = candidates(bundle, "auto")
+        try:
+            usable = candidates(bundle, "auto")
+        except LlavaEdgeError as error:
+            yield Finding(f"self-check {name}", "bad", f"{name}: {error}", error.hint or "")
+            continue
         for backend in usable:
             yield _self_check(name, bundle, backend, preferred=backend == usable[0])
 
@@ -159,6 +163,8 @@ def _self_check(name: str, bundle: Bundle, backend: str, *, preferred: bool) -> 
     """What one backend makes of the probe. A fault of one that chat would not take is only noted."""
     from llava_edge.bundle import probe_picture
     from llava_edge.engine import Engine
+    from llava_edge.gguf_check import check_gguf
+    from llava_edge.trial import require_trial
     from llava_edge.vision.backends import make_encoder
     from llava_edge.vision.selfcheck import MIN_COSINE, mean_cosine
 
@@ -167,6 +173,8 @@ def _self_check(name: str, bundle: Bundle, backend: str, *, preferred: bool) -> 
     fault: Level = "bad" if preferred else "note"
     package = "llama-cpp-python" if backend == "mtmd" else "onnxruntime"
     try:
+        mmproj = check_gguf(bundle.file("mmproj"), "mmproj") if bundle.has("mmproj") else None
+        require_trial(check_gguf(bundle.file("llm"), "llm"), mmproj)
         engine = Engine(bundle.file("llm"), n_ctx=256)
         try:
             encoder = make_encoder(bundle, engine, backend)

@@ -379,7 +379,7 @@ class Engine:
         params = library.llama_context_default_params()
         places = n_ctx or min(DEFAULT_CTX, self.n_ctx_train)
         params.n_ctx = places * n_seq_max
-        params.n_batch = params.n_ubatch = min(n_batch, places)
+        params.n_batch = params.n_ubatch = max(n_seq_max, min(n_batch, places))  # a batch may hold a row of each
         params.n_seq_max = n_seq_max
         # Only a sequence's last logits are ever read; the default reserves a row of the vocabulary for each token.
         params.n_outputs_max = params.n_batch if every_output else n_seq_max

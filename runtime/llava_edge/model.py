@@ -298,7 +298,7 @@ class Model:
         from llava_edge.vision import anyres
 
         if self._newline is None:
-            self._newline = anyres.read_newline(bundle.file("mmproj"))
+            self._newline = anyres.read_newline(bundle.file("mmproj"), self.engine.n_embd)
         cells = pooled_grid(tokens.grid, image_tokens)
         return EncodedImage.of(key, anyres.assemble(pooled, cells, picture.layout, self._newline))
 
@@ -309,6 +309,7 @@ class Model:
         if self._encoder is None:
             assert self._parts.mmproj is not None
             self._encoder = MtmdEncoder(self._parts.mmproj, self.engine)
+            self.vision_backend = "mtmd"
         assert isinstance(self._encoder, MtmdEncoder)
         encoded = EncodedImage(key, self._encoder.encode_chunks(picture.image))
         if self._template is not None:
@@ -371,10 +372,8 @@ def _preflight(parts: Parts) -> None:
     llm = check_gguf(parts.llm, "llm")
     if parts.bundle is not None and any(file.role == "vision_onnx" for file in parts.bundle.manifest.files):
         check_onnx(parts.bundle.file("vision_onnx"))
-    if parts.mmproj is None:
-        return
-    mmproj = check_gguf(parts.mmproj, "mmproj")
-    if parts.bundle is None:  # a bundle's manifest ranks what computes it, and its probe shows what is wrong
+    mmproj = None if parts.mmproj is None else check_gguf(parts.mmproj, "mmproj")
+    if mmproj and parts.bundle is None:  # a bundle's manifest ranks what computes it, and its probe shows what is wrong
         for defect in known_defects(mmproj):
             log.warning("%s: %s", parts.name, defect)
     require_trial(llm, mmproj)

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from llava_edge import native
@@ -28,17 +29,21 @@ PATIENCE_SECONDS = 900
 _PICTURE = (40, 60)
 
 
-def require_trial(llm: Header, mmproj: Header) -> None:
-    """Try the pair out unless its kind is known or it has passed before; ModelFileError if the process died."""
-    kinds = (llm.architecture, projector_of(mmproj))
-    if kinds[0] in CHECKED_ARCHITECTURES and kinds[1] in CHECKED_PROJECTORS:
+def require_trial(llm: Header, mmproj: Header | None) -> None:
+    """Try the files out unless their kind is known or they have passed before; ModelFileError if the process died.
+
+    ``mmproj`` is None where something else than llama.cpp runs the vision tower.
+    """
+    known_tower = mmproj is None or projector_of(mmproj) in CHECKED_PROJECTORS
+    if llm.architecture in CHECKED_ARCHITECTURES and known_tower:
         return
-    mark = cache_dir() / "trials" / f"{_fingerprint(llm, mmproj)}.passed"
+    files = [llm, mmproj] if mmproj else [llm]
+    mark = cache_dir() / "trials" / f"{_fingerprint(files)}.passed"
     if mark.exists():
         return
-    log.info("first use of a model of kind %s with %s: trying it out in a process of its own", *kinds)
-    suspect = mmproj if kinds[1] not in CHECKED_PROJECTORS else llm
-    command = [sys.executable, "-m", "llava_edge.trial", str(llm.path.resolve()), str(mmproj.path.resolve())]
+    log.info("first use of a model of kind %s: trying it out in a process of its own", llm.architecture)
+    suspect = llm if known_tower else files[-1]
+    command = [sys.executable, "-m", "llava_edge.trial", *(str(header.path.resolve()) for header in files)]
     try:
         done = subprocess.run(
             command,
@@ -58,9 +63,9 @@ def require_trial(llm: Header, mmproj: Header) -> None:
         _remember(mark)
 
 
-def _fingerprint(llm: Header, mmproj: Header) -> str:
+def _fingerprint(headers: Sequence[Header]) -> str:
     facts: list[object] = [native.version()]
-    for header in (llm, mmproj):
+    for header in headers:
         status = header.path.stat()
         facts += [str(header.path.resolve()), status.st_size, status.st_mtime_ns]
     return hashlib.sha256(repr(facts).encode()).hexdigest()
@@ -75,22 +80,23 @@ def _remember(mark: Path) -> None:
         log.debug("can't write %s: %s", mark, error)
 
 
-def _try(llm: Path, mmproj: Path) -> None:
-    """Load both, show a picture, write two tokens."""
+def _try(llm: Path, mmproj: Path | None) -> None:
+    """Load the files, show a picture, write two tokens."""
     from PIL import Image
 
     from llava_edge.engine import Engine
     from llava_edge.vision.mtmd import MtmdEncoder
 
     engine = Engine(llm, n_ctx=256, n_gpu_layers=0)
-    encoder = MtmdEncoder(mmproj, engine)
-    encoder.encode_chunks(Image.linear_gradient("L").resize(_PICTURE).convert("RGB"))
+    if mmproj is not None:
+        encoder = MtmdEncoder(mmproj, engine)
+        encoder.encode_chunks(Image.linear_gradient("L").resize(_PICTURE).convert("RGB"))
     engine.decode_tokens(engine.tokenize("?", special=False) or [0])
     engine.decode_tokens([int(engine.logits().argmax())])
 
 
 if __name__ == "__main__":
     try:
-        _try(Path(sys.argv[1]), Path(sys.argv[2]))
+        _try(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
     except LlavaEdgeError as failure:
         sys.exit(str(failure))

@@ -1,4 +1,4 @@
-"""The mixture that nano's first edition learns from, in LLaVA's JSON format.
+"""The mixture that nano learns from, in LLaVA's JSON format.
 
 Several samples may name the same picture; the loader lets them share one reading of it.
 """

@@ -166,6 +166,8 @@ def check_server_choice(options: dict[str, Any], server: str | None, api_key_fil
     """Refuse options that a server has decided on already."""
     own = ("model", "llm", "mmproj", "n_ctx", "threads", "n_gpu_layers")
     given = [f"--{name.replace('_', '-')}" for name in own if options[name] is not None]
+    if options["vision_backend"] != "auto":
+        given.append("--vision-backend")
     if server is not None and given:
         raise click.UsageError(f"--server excludes {given[0]}: the server has loaded its model already")
     if server is None and api_key_file is not None:

@@ -105,7 +105,7 @@ def unknown(name: str) -> ModelError:
     names = [*embedded_models(), *store.pulled_names(), *known_models()]
     here = ", ".join(dict.fromkeys([*embedded_models(), *store.pulled_names()])) or "none"
     return ModelError(
-        f"no model {name!r}{did_you_mean(name, names)} Here are: {here}",
+        f"no model {name!r}{did_you_mean(name, names)}. Here are: {here}",
         hint="`llava-edge list --known` lists what can be pulled.",
     )
 

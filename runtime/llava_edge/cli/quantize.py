@@ -43,7 +43,7 @@ def quantize(bundle: Path, output: Path, llm_type: str, as_json: bool, quiet: bo
     llava-edge convert my-llava -o exact --llm-type F16 --mmproj-type F16
     llava-edge quantize exact Q4_K_M -o small --mmproj-type Q8_0
     """
-    if options["vision"] == "int8":
+    if (options["vision"] or "").lower() == "int8":
         require_extra("convert", "onnx")
     from llava_edge.convert import quantize_bundle
 

@@ -49,7 +49,7 @@ def decode(data: bytes, spec: ImageSpec | None, pad_color: Any) -> tuple[dict[st
 def limit_resources() -> None:
     """Bound memory and forbid writing files, where the system can."""
     for module in (*(module for _, module, _ in images.READERS), images.HEIF_MODULE):
-        with contextlib.suppress(ModuleNotFoundError):  # HEIC is an extra
+        with contextlib.suppress(ImportError):  # HEIC is an extra
             importlib.import_module(module)  # a limited process may not be able to load it
     try:
         import resource

@@ -60,7 +60,8 @@ class Decoder:
             raise
         if "error" in head:
             raise ImageError(head["error"], hint=head["hint"])
-        return arrange("", Image.frombytes("RGB", tuple(head["size"]), pixels), self._spec)
+        image = Image.frombytes("RGB", tuple(head["size"]), pixels)
+        return await asyncio.to_thread(arrange, "", image, self._spec)  # cutting tiles takes a while
 
     def close(self) -> None:
         """End the process."""
@@ -146,4 +147,4 @@ class Pictures:
 
 
 def _bytes(picture: Picture) -> int:
-    return picture.image.width * picture.image.height * 3
+    return sum(image.width * image.height * 3 for image in (picture.image, *picture.tiles))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from llava_edge import images
-from llava_edge.model import Picture
+from llava_edge.model import arrange
 from llava_edge.server.answer import AnswerMemory, Failed, Job, answer, history
 from llava_edge.server.errors import ApiError
 from llava_edge.server.lanes import Lane, Lanes, exact_rows
@@ -245,4 +244,4 @@ class Scheduler:
         spec, _ = self.model.picture_settings
         side = spec.size if spec else 224
         image = Image.new("RGB", (side, side), (128, 128, 128))
-        self.model.encode(Picture("warm-up", images.content_hash(image), image))
+        self.model.encode(arrange("warm-up", image, spec))

@@ -77,8 +77,8 @@ def assemble(
     return np.concatenate([parts[0], lines.reshape(-1, field.shape[2])])
 
 
-def read_newline(mmproj: Path) -> NDArray[np.float32]:
-    """The learnt row end ``[D]``, which a bundle keeps in its mmproj file."""
+def read_newline(mmproj: Path, width: int) -> NDArray[np.float32]:
+    """The learnt row end ``[D]``, ``width`` numbers, which a bundle keeps in its mmproj file."""
     import gguf
 
     try:
@@ -87,7 +87,10 @@ def read_newline(mmproj: Path) -> NDArray[np.float32]:
         raise ModelError(f"can't read {mmproj}: {error}", hint="Get the bundle again.") from None
     for tensor in reader.tensors:
         if tensor.name == NEWLINE:
-            return np.array(tensor.data, dtype=np.float32).reshape(-1)
+            newline = np.array(tensor.data, dtype=np.float32).reshape(-1)
+            if len(newline) != width:
+                raise ModelError(f"{mmproj}: {NEWLINE} has {len(newline)} numbers; the language model reads {width}")
+            return newline
     raise ModelError(f"{mmproj} has no tensor {NEWLINE}, which ends the rows of a picture", hint="Convert again.")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llava_edge.engine import EngineError
 from llava_edge.errors import ModelError
 from llava_edge.images import normalize
 
@@ -41,7 +42,7 @@ class OnnxEncoder:
     ) -> None:
         self.path = Path(path)
         self._spec = spec
-        self._worker = engine.worker
+        self._engine = engine
         self._session: Any = _open_session(self.path, n_threads or engine.n_threads)
         self._input = self._checked_input()
         (output,) = self._session.get_outputs()
@@ -63,11 +64,13 @@ class OnnxEncoder:
     def _encode(self, image: Image.Image) -> NDArray[np.float32]:
         if self._session is None:
             raise ModelError(f"the vision tower {self.path} is closed")
+        if self._engine.stop_wanted:
+            raise EngineError("the picture's evaluation was stopped")
         if image.size != (self._spec.size, self._spec.size):
             raise ModelError(f"the vision tower {self.path} takes {self._spec.size} pixels a side, not {image.size}")
         pixels = normalize(image, self._spec)[None]
         try:
-            (batch,) = self._worker.run(functools.partial(self._session.run, None, {self._input: pixels}))
+            (batch,) = self._engine.worker.run(functools.partial(self._session.run, None, {self._input: pixels}))
         except Exception as error:  # ONNX Runtime raises a class of its own for every status
             raise ModelError(f"the vision tower {self.path} failed: {error}") from None
         embeddings: NDArray[np.float32] = np.ascontiguousarray(batch[0], dtype=np.float32)
