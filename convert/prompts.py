@@ -28,12 +28,13 @@ _IMAGE, _QUESTION, _SECOND, _ANSWER, _SYSTEM = (f"\ue000{letter}\ue000" for lett
 
 
 def _roles(bos: str, eos: str, person: str) -> PromptFormat:
+    """LLaVA's dialogue; the system text calls the person by another name in ``llava_v1``, the roles stay."""
     article = f"A chat between a curious {person} and an artificial intelligence assistant. "
     return PromptFormat(
         bos=bos,
         system="{system} ",
         default_system=f"{article}{_ASSISTANT_LINE} {person}'s questions.",
-        user_prefix=f"{person.upper()}: ",
+        user_prefix="USER: ",
         user_suffix=" ",
         assistant_prefix="ASSISTANT:",
         turn_end=eos,

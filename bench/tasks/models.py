@@ -10,42 +10,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, PromptFormat, resolve_model, sha256_file
+from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, resolve_model, sha256_file
+from llava_edge.convert.prompts import NAMED
 from llava_edge.errors import InputError
 from llava_edge.types import FitMode
 
 if TYPE_CHECKING:
     from llava_edge.model import Model
 
-_CURIOUS = "A chat between a curious {} and an artificial intelligence assistant. "
-_POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
-_VICUNA = PromptFormat(
-    bos="",
-    system="{system} ",
-    default_system=_CURIOUS.format("user") + _POLITE.format("user"),
-    user_prefix="USER: ",
-    user_suffix=" ",
-    assistant_prefix="ASSISTANT:",
-    turn_end="</s>",
-    stop=("</s>",),
-    image_suffix="\n",
-)
 PROMPT_FORMATS = {
-    "vicuna_v1": _VICUNA,
-    "llava_v1": replace(_VICUNA, default_system=_CURIOUS.format("human") + _POLITE.format("human")),
-    "mistral_instruct": PromptFormat("", "", None, "[INST] ", " [/INST]", "", "</s>", ("</s>",), "\n"),
-    "chatml_direct": PromptFormat(
-        bos="",
-        system="<|im_start|>system\n{system}<|im_end|>",
-        default_system="Answer the questions.",
-        user_prefix="<|im_start|>user\n",
-        user_suffix="<|im_end|>",
-        assistant_prefix="<|im_start|>assistant\n",
-        turn_end="<|im_end|>",
-        stop=("<|im_end|>",),
-        image_suffix="\n",
-    ),
-    "plain": PromptFormat("", "", None, "", "", "", "\n", (), ""),
+    **{name: NAMED[name]("", "</s>") for name in ("vicuna_v1", "llava_v1", "mistral_instruct", "chatml_direct")},
+    "plain": replace(NAMED["plain"]("", "</s>"), stop=()),
 }
 """The conversation formats of LLaVA. A bundle's own token for the beginning and its own stop texts stay."""
 

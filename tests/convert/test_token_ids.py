@@ -126,6 +126,7 @@ def test_the_formats_of_the_original_write_its_exact_text() -> None:
     llava = NAMED["llava_v1"]("<s>", "</s>")
     assert "curious human" in str(llava.default_system)
     assert str(llava.default_system).endswith("the human's questions.")
+    assert (llava.user_prefix, llava.assistant_prefix) == ("USER: ", "ASSISTANT:")
     mistral = NAMED["mistral_instruct"]("<s>", "</s>")
     parts = (mistral.user_prefix, mistral.image_suffix, mistral.user_suffix, mistral.assistant_prefix)
     assert parts == ("[INST] ", "\n", " ", "[/INST]")
