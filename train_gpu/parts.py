@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -129,7 +128,7 @@ def assemble(
 
 
 def initialise_projector(
-    model: LlavaForConditionalGeneration, mean: np.ndarray, std: np.ndarray, seed: int = 0
+    model: LlavaForConditionalGeneration, mean: torch.Tensor, std: torch.Tensor, seed: int = 0
 ) -> None:
     """Fold the features' standardisation into the first layer and start with outputs as wide as word embeddings.
 
@@ -137,13 +136,11 @@ def initialise_projector(
     """
     generator = torch.Generator().manual_seed(seed)
     projector = model.model.multi_modal_projector
-    scale = torch.from_numpy(std).float()
-    shift = torch.from_numpy(mean).float()
     with torch.no_grad():
         first, second = projector.linear_1, projector.linear_2
         weight = torch.randn(first.weight.shape, generator=generator) * first.in_features**-0.5
-        first.weight.copy_(weight / scale)
-        first.bias.copy_(-(weight / scale) @ shift)
+        first.weight.copy_(weight / std)
+        first.bias.copy_(-(weight / std) @ mean)
         # gelu of a unit normal has a root mean square of 0.652
         spread = model.get_input_embeddings().weight.std() / (0.652 * second.in_features**0.5)
         second.weight.copy_(torch.randn(second.weight.shape, generator=generator) * spread)
