@@ -62,17 +62,17 @@ def dinov2_small_from_onnx(path: Path, image_size: int = 224, layers: int = 12) 
         use_mask_token=False,
     )
     state["embeddings.position_embeddings"] = torch.cat([class_row, patch_rows], dim=1)
-    tower = _tower_from_state(config, state)
+    tower = tower_from_state(config, state)
     side = image_size // config.patch_size
     patches = torch.zeros(1, side * side + 1, config.hidden_size)
     table = tower.embeddings.interpolate_pos_encoding(patches, image_size, image_size)
 
     small = Dinov2Config(**{**config.to_dict(), "image_size": image_size})
     state["embeddings.position_embeddings"] = table.detach().clone()
-    return _tower_from_state(small, state)
+    return tower_from_state(small, state)
 
 
-def _tower_from_state(config: Dinov2Config, state: dict[str, torch.Tensor]) -> Dinov2Model:
+def tower_from_state(config: Dinov2Config, state: dict[str, torch.Tensor]) -> Dinov2Model:
     """Load by the names that checkpoints on disk use; transformers renames them to its present ones."""
     tower, report = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
