@@ -55,8 +55,7 @@ class Transformers:
         self._checkpoint = open_checkpoint(directory)
         self._tokenizer = load_tokenizer(directory)
         self._processor = transformers.AutoImageProcessor.from_pretrained(directory)
-        kinds: Any = (transformers.LlavaForConditionalGeneration, transformers.LlavaNextForConditionalGeneration)
-        kind = kinds[self._checkpoint.image_newline]
+        kind: Any = transformers.AutoModelForImageTextToText
         self._model = kind.from_pretrained(directory, dtype=torch.float32).eval()
 
     @torch.inference_mode()
