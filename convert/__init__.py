@@ -111,7 +111,7 @@ def quantize_bundle(
     -------
     dict
         ``output``, ``files`` (name, type, bytes before and after, fall-backs), ``bytes_before``, ``bytes``,
-        ``measured``, ``seconds``.
+        ``measured``, ``warnings``, ``seconds``.
 
     Raises
     ------

@@ -155,7 +155,7 @@ class Gate:
 def misread(checkpoint: Checkpoint) -> str | None:
     """Why llama.cpp's libmtmd, as it is now, can't be right about this model; None if it should be."""
     if checkpoint.tower.class_token:
-        return "llama.cpp appends the class token after the patches, but numbers positions as if it came first"
+        return parity.CLASS_TOKEN_DEFECT
     if checkpoint.projector.depth > 2:
         return f"llama.cpp runs two layers of a projector; this one has {checkpoint.projector.depth}"
     return None
