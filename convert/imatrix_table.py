@@ -44,7 +44,8 @@ def held_out_cases(bundle: Path, samples: Sequence[imatrix.Sample]) -> tuple[Pat
             rows = model.encode(model.open_picture(sample.image)).chunks[0].embeddings
             assert rows is not None
             case = Case(before, rows, after, tokenizer.plain(answer), np.empty((0, 0), np.float32))
-            cases.append(Case(before, rows, after, case.tokens, follow(model.engine, case)))
+            (logits,) = follow(model.engine, [case])
+            cases.append(Case(before, rows, after, case.tokens, logits))
         return model.engine.path, cases
 
 
@@ -53,7 +54,8 @@ def divergences(path: Path, cases: Sequence[Case]) -> list[float]:
     longest = max(len(case.before) + len(case.picture) + len(case.after) + len(case.tokens) for case in cases)
     engine = Engine(path, n_ctx=longest + _ROOM, n_gpu_layers=0)
     try:
-        return [float(kl_divergence(case.logits, follow(engine, case)).mean()) for case in cases]
+        found = follow(engine, cases)
+        return [float(kl_divergence(case.logits, rows).mean()) for case, rows in zip(cases, found, strict=True)]
     finally:
         engine.close()
 

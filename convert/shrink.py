@@ -182,7 +182,7 @@ class Quantization:
         longest = max(len(row) for row in rows if row is not None) + cases.TEXT_TOKENS
         engine = Engine(work / self._name("llm"), n_ctx=longest, n_gpu_layers=0)
         try:
-            answers = [cases.follow(engine, case) for case in asked]
+            answers = cases.follow(engine, asked)
         finally:
             engine.close()
         limits = parity.LLM_LIMITS[self._types["llm"]]
