@@ -30,6 +30,7 @@ WITHOUT_CLASS_TOKEN = ("SigLIP + Qwen2", "DINOv2 + SmolLM", "HF llava_onevision"
 ONE_TILE = WITHOUT_CLASS_TOKEN[:2]
 QUESTION = "What is in this picture?"
 TOKENS = 24
+ENOUGH = 30  # bytes
 Make = Callable[[str], tuple[Path, Path]]
 
 
@@ -64,14 +65,20 @@ def picture(seed: int) -> Image.Image:
 
 
 def stock_answer(program: str, bundle: Path, image: Path) -> bytes:
-    """What the stock program says, told to choose the likeliest token and to put the picture where LLaVA has it."""
+    """What the stock program says, told to choose the likeliest token and to put the picture where LLaVA has it.
+
+    It ends before all that it said is written, at another place every time, so it is asked until enough has come.
+    """
     roles: tuple[Role, Role] = ("llm", "mmproj")
     llm, mmproj = (str(open_bundle(bundle).file(role)) for role in roles)
     command = [program, "-m", llm, "--mmproj", mmproj, "--image", str(image), "-p", f"<__media__>\n{QUESTION}"]
     options = ["--jinja", "--temp", "0", "-n", str(TOKENS), "-c", "1024", "-t", "1", "-ngl", "0", "--no-warmup"]
-    result = subprocess.run([*command, *options], capture_output=True, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr[-2000:]
-    return result.stdout.removeprefix(b"\n")
+    for _ in range(20):
+        result = subprocess.run([*command, *options], capture_output=True, check=False, timeout=120)
+        assert result.returncode == 0, result.stderr[-2000:]
+        if len(found := result.stdout.removeprefix(b"\n").removesuffix(b"\n\n")) >= ENOUGH:
+            return found
+    raise AssertionError(f"the stock program says nothing: {result.stderr[-2000:]!r}")
 
 
 def is_our_answer(found: bytes, bundle: Path, image: Path) -> bool:
@@ -84,7 +91,9 @@ def is_our_answer(found: bytes, bundle: Path, image: Path) -> bool:
         assert rows is not None
         (logits,) = follow(model.engine, [Case(before, rows, after, tokens, np.empty((0, 0), np.float32))])
         for token, row in zip(tokens, logits, strict=True):
-            piece = model.engine.piece(token)
+            piece = model.engine.piece(token).replace(b"\0", b"")  # the stock program prints texts of C
+            if len(found) < len(piece):
+                break
             if not found.startswith(piece):
                 near = np.flatnonzero(row >= row.max() - TIE)
                 return any(found.startswith(model.engine.piece(int(other))) for other in near)
@@ -110,7 +119,6 @@ def test_the_stock_program_loads_a_clip_tower_and_reads_it_otherwise(
     _, bundle = converted("HF llava")
     picture(0).save(tmp_path / "picture.png")
     found = stock_answer(program, bundle, tmp_path / "picture.png")
-    assert found.strip()
     assert not is_our_answer(found, bundle, tmp_path / "picture.png")
 
 
