@@ -30,7 +30,7 @@ WITHOUT_CLASS_TOKEN = ("SigLIP + Qwen2", "DINOv2 + SmolLM", "HF llava_onevision"
 ONE_TILE = WITHOUT_CLASS_TOKEN[:2]
 QUESTION = "What is in this picture?"
 TOKENS = 24
-ENOUGH = 30  # bytes
+ENOUGH = 15  # bytes
 Make = Callable[[str], tuple[Path, Path]]
 
 
