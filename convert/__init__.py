@@ -29,8 +29,8 @@ def convert_checkpoint(
     Parameters
     ----------
     checkpoint
-        A directory in the format of transformers (``llava``, ``llava_next``) or of the original LLaVA, or a LoRA
-        adapter of one.
+        A directory in the format of transformers (``llava``, ``llava_next``, ``llava_onevision``) or of the original
+        LLaVA, or a LoRA adapter of one.
     output
         The bundle's directory. It appears when everything in it is complete.
     llm_type, mmproj_type
@@ -111,7 +111,7 @@ def quantize_bundle(
     -------
     dict
         ``output``, ``files`` (name, type, bytes before and after, fall-backs), ``bytes_before``, ``bytes``,
-        ``measured``, ``seconds``.
+        ``measured``, ``warnings``, ``seconds``.
 
     Raises
     ------

@@ -66,30 +66,59 @@ def ask(
 ) -> list[Case]:
     """Greedy answers to questions about pictures, until there are enough positions to compare."""
     cases: list[Case] = []
-    for question in QUESTIONS:
-        before, after = prompt_ids(engine, prompt, question)
-        for picture in pictures:
-            cases.append(_answer(engine, before, picture, after))
+    reader = _Reader(engine)
+    asked = [prompt_ids(engine, prompt, question) for question in QUESTIONS]
+    for number, picture in enumerate(pictures, 1):
+        for before, after in asked:
+            cases.append(_answer(reader, before, picture, after))
             done = sum(len(case.tokens) for case in cases)
             if tell:
                 tell(min(done, POSITIONS), POSITIONS)
-        if done >= POSITIONS:
-            break
+            if done >= POSITIONS * number / len(pictures):
+                break
     return cases
 
 
-def follow(engine: Engine, case: Case) -> NDArray[np.float32]:
-    """The logits ``[T, V]`` of a model that is led along a case's answer."""
-    _read(engine, case.before, case.picture, case.after)
-    rows = [engine.logits()]
-    for token in case.tokens[:-1]:
-        engine.decode_tokens([token])
-        rows.append(engine.logits())
-    return np.stack(rows)
+def follow(engine: Engine, cases: Sequence[Case]) -> list[NDArray[np.float32]]:
+    """The logits ``[T, V]`` of a model that is led along each case's answer."""
+    reader = _Reader(engine)
+    found = []
+    for case in cases:
+        reader.read(case.before, case.picture, case.after)
+        rows = [engine.logits()]
+        for token in case.tokens[:-1]:
+            engine.decode_tokens([token])
+            rows.append(engine.logits())
+        found.append(np.stack(rows))
+    return found
 
 
-def _answer(engine: Engine, before: list[int], picture: NDArray[np.float32], after: list[int]) -> Case:
-    _read(engine, before, picture, after)
+class _Reader:
+    """Puts prompts into a model's cache. A picture that the prompt before showed too stays there, as in ``chat``."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._before: list[int] = []
+        self._picture: NDArray[np.float32] | None = None
+        self._past = 0
+
+    def read(self, before: list[int], picture: NDArray[np.float32], after: list[int]) -> None:
+        """Evaluate a prompt; the logits are those of its last place."""
+        engine = self.engine
+        same = picture is self._picture and before == self._before and bool(after)
+        if not (same and engine.truncate(self._past)):
+            engine.truncate(0)
+            if before:
+                engine.decode_tokens(before, logits=False)
+            engine.decode_embeddings(picture, logits=not after)
+            self._before, self._picture, self._past = before, picture, engine.n_past
+        if after:
+            engine.decode_tokens(after)
+
+
+def _answer(reader: _Reader, before: list[int], picture: NDArray[np.float32], after: list[int]) -> Case:
+    engine = reader.engine
+    reader.read(before, picture, after)
     logits = [engine.logits()]
     tokens = [int(logits[-1].argmax())]
     while len(tokens) < ANSWER_TOKENS and not engine.is_end(tokens[-1]):
@@ -97,12 +126,3 @@ def _answer(engine: Engine, before: list[int], picture: NDArray[np.float32], aft
         logits.append(engine.logits())
         tokens.append(int(logits[-1].argmax()))
     return Case(before, picture, after, tokens, np.stack(logits))
-
-
-def _read(engine: Engine, before: list[int], picture: NDArray[np.float32], after: list[int]) -> None:
-    engine.truncate(0)
-    if before:
-        engine.decode_tokens(before, logits=False)
-    engine.decode_embeddings(picture, logits=not after)
-    if after:
-        engine.decode_tokens(after)

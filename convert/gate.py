@@ -14,6 +14,7 @@ import numpy as np
 from llava_edge.convert import diagnose, parity
 from llava_edge.convert.cases import QUESTIONS, TEXT_TOKENS, Case, ask, follow
 from llava_edge.convert.mmproj_reader import MmprojReader
+from llava_edge.convert.reference import Prompt
 from llava_edge.convert.token_ids import measure_tokenizer
 from llava_edge.engine import Engine
 from llava_edge.errors import LlavaEdgeError
@@ -114,26 +115,30 @@ class Gate:
             self._expected = self._answer_of_reference()
             found = [case.logits for case in self._cases]
         else:
-            found = [follow(engine, case) for case in self._cases]
+            found = follow(engine, self._cases)
         limits = parity.LLM_LIMITS[type_name]
         said = parity.compare_logits(found, self._expected, limits.tie)
         self._record("llm", type_name, parity.as_dict(said))
         wrong = [f"{name}: {words}" for words in said.failures(limits)]
         if wrong and type_name in ("F32", "F16", "BF16"):
             case = self._cases[0]
-            rows = self._inputs([case])[0][: len(case.before) + len(case.picture) + len(case.after)]
+            before, after = self._reference.embed([case.before, case.after])
+            rows = np.concatenate([before, case.picture, after])
             wrong += diagnose.language_model(engine.path, rows, self._reference)
         return failures + wrong
 
     def _answer_of_reference(self) -> list[NDArray[np.float32]]:
-        counts = [len(case.tokens) for case in self._cases]
-        return self._reference.logits(self._inputs(self._cases), counts)
-
-    def _inputs(self, cases: list[Case]) -> list[NDArray[np.float32]]:
-        """What the reference's language model reads: prompt, picture, and the answer but its last token."""
-        runs = [run for case in cases for run in (case.before, [*case.after, *case.tokens[:-1]])]
+        """The reference's logits along the answers; cases that begin alike are read together."""
+        runs = [run for case in self._cases for run in (case.before, [*case.after, *case.tokens[:-1]])]
         rows = iter(self._reference.embed(runs))
-        return [np.concatenate([next(rows), case.picture, next(rows)]) for case in cases]
+        prompts: list[Prompt] = []
+        for case in self._cases:
+            start, branch = np.concatenate([next(rows), case.picture]), next(rows)
+            if prompts and np.array_equal(prompts[-1].start, start):
+                prompts[-1].branches.append(branch)
+            else:
+                prompts.append(Prompt(start, [branch]))
+        return self._reference.logits(prompts, [len(case.tokens) for case in self._cases])
 
     def _as_read(self, image: Image.Image, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the language model reads of a picture: fewer tokens, or tiles of a wider picture put together."""
@@ -155,7 +160,7 @@ class Gate:
 def misread(checkpoint: Checkpoint) -> str | None:
     """Why llama.cpp's libmtmd, as it is now, can't be right about this model; None if it should be."""
     if checkpoint.tower.class_token:
-        return "llama.cpp appends the class token after the patches, but numbers positions as if it came first"
+        return parity.CLASS_TOKEN_DEFECT
     if checkpoint.projector.depth > 2:
         return f"llama.cpp runs two layers of a projector; this one has {checkpoint.projector.depth}"
     return None

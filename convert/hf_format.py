@@ -1,7 +1,8 @@
-"""Checkpoints in the format of transformers: ``llava`` and ``llava_next``."""
+"""Checkpoints in the format of transformers: ``llava``, ``llava_next`` and ``llava_onevision`` with one picture."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ from llava_edge.convert.weights import Stored, Weights, read_directory
 if TYPE_CHECKING:
     from transformers import LlavaConfig
 
-FAMILIES = {"llava": "llava", "llava_next": "llava-next"}
+FAMILIES = {"llava": "llava", "llava_next": "llava-next", "llava_onevision": "llava-onevision"}
+_MAX_TILES = re.compile(r"anyres_max_([1-9]\d?)\Z")
 
 
 def open_hf(
@@ -51,6 +53,8 @@ def open_hf(
     tower = tower_from_config(config.vision_config, class_token=getattr(config, "vision_class_token", None))
     layers = from_end(config.vision_feature_layer, tower.blocks, "vision_feature_layer")
     check(_requirements(config, tower))
+    if "image_seq_length" in raw:  # its default is right for one size only
+        check(iter([("image_seq_length", raw["image_seq_length"], tower.patches)]))
     description = read_description(directory)
     notes: tuple[str, ...] = ()
     if description is None:
@@ -65,7 +69,7 @@ def open_hf(
         projector=Projector(2, len(layers) * tower.width, text.hidden_size),
         feature_layers=layers,
         tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
-        image_newline=kind == "llava_next",
+        image_newline=kind != "llava",
         description=description,
         open_weights=lambda: Weights(read()),
         notes=notes,
@@ -73,7 +77,7 @@ def open_hf(
 
 
 def _config(directory: Path, raw: dict[str, Any]) -> LlavaConfig:
-    from transformers import LlavaConfig, LlavaNextConfig
+    from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
     if raw.get("quantization_config"):
         raise unsupported("quantization_config", raw["quantization_config"], None)
@@ -83,8 +87,8 @@ def _config(directory: Path, raw: dict[str, Any]) -> LlavaConfig:
         named = found.get("model_type") if isinstance(found, dict) else None
         if named is not None and named not in types:
             raise unsupported(f"{part}.model_type", named, *types)
-    kind = LlavaNextConfig if raw["model_type"] == "llava_next" else LlavaConfig
-    config: LlavaConfig = build_config(kind, raw, directory / "config.json")
+    kinds = {"llava": LlavaConfig, "llava_next": LlavaNextConfig, "llava_onevision": LlavaOnevisionConfig}
+    config: LlavaConfig = build_config(kinds[raw["model_type"]], raw, directory / "config.json")
     return config
 
 
@@ -93,8 +97,6 @@ def _requirements(config: LlavaConfig, tower: Tower) -> Iterator[tuple[str, obje
     has_token = tower.family != "siglip"
     yield "vision_feature_select_strategy", config.vision_feature_select_strategy, "default" if has_token else "full"
     yield "projector_hidden_act", config.projector_hidden_act, "gelu"
-    if config.model_type == "llava":
-        yield "image_seq_length", config.image_seq_length, tower.patches
     yield from text_requirements(config.text_config, "text_config.")
 
 
@@ -103,16 +105,37 @@ def _describe(
 ) -> tuple[Description, tuple[str, ...]]:
     """The description of a checkpoint that llava-edge didn't train, from its own files."""
     grid: tuple[tuple[int, int], ...] = ()
-    if config.model_type == "llava_next":
-        grid = tuple((width, height) for height, width in config.image_grid_pinpoints)
+    pictures = preprocessor_config(directory)
+    if config.model_type != "llava":
+        grid = _grid(config, pictures)
     prompt, note = find_prompt(directory, options.prompt)
+    notes = (note,)
+    if config.model_type == "llava_onevision":
+        notes += ("pictures: one a conversation is read as in the reference, which shows several without tiles",)
     description = Description(
         name=name,
         family=FAMILIES[config.model_type],
         license="as the checkpoint's",
         source=name,
-        image=image_spec(preprocessor_config(directory), tower.image_size, grid),
+        image=image_spec(pictures, tower.image_size, grid, _max_tiles(config)),
         visual_tokens=VisualTokens(tower.patches, (tower.side, tower.side), (tower.patches,), tower.patches),
         prompt=prompt,
     )
-    return description, (note,)
+    return description, notes
+
+
+def _grid(config: Any, pictures: dict[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Widths and heights of the resolutions, on which model and preprocessing have to agree."""
+    pinpoints = config.image_grid_pinpoints
+    if (other := pictures.get("image_grid_pinpoints")) is not None and other != pinpoints:
+        raise unsupported("preprocessor_config.json: image_grid_pinpoints", other, pinpoints)
+    return tuple((width, height) for height, width in pinpoints)
+
+
+def _max_tiles(config: Any) -> int:
+    """How many tiles' tokens LLaVA-OneVision takes of a picture besides the squashed whole; 0 for the others."""
+    if config.model_type != "llava_onevision":
+        return 0
+    if found := _MAX_TILES.match(str(config.vision_aspect_ratio)):
+        return int(found[1])
+    raise unsupported("vision_aspect_ratio", config.vision_aspect_ratio, "anyres_max_9", "anyres_max_ and a number")

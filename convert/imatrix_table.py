@@ -19,7 +19,7 @@ import llava_edge
 from llava_edge.convert import imatrix, make_imatrix
 from llava_edge.convert.cases import Case, follow, prompt_ids
 from llava_edge.convert.parity import kl_divergence
-from llava_edge.convert.quantize import check_type, quantize
+from llava_edge.convert.quantize import Quantized, check_type, quantize
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError
 from llava_edge.prompt import PromptTokenizer
@@ -27,6 +27,12 @@ from llava_edge.quant_types import LLM_TYPES
 
 TYPES = ("Q4_K_M", "Q3_K_M", "Q2_K")
 _ROOM = 512
+HEADER = """Mean KL divergence (nats, from the floats) over {tokens} answer tokens of {cases} held-out pictures. The
+last columns are differences of the pictures' means with their standard error; below 0 the pictures helped.
+
+| type | tensors that fall back | none | text only | with pictures | pictures - none | pictures - text |
+|---|---|---|---|---|---|---|
+"""
 
 
 def held_out_cases(bundle: Path, samples: Sequence[imatrix.Sample]) -> tuple[Path, list[Case]]:
@@ -44,7 +50,8 @@ def held_out_cases(bundle: Path, samples: Sequence[imatrix.Sample]) -> tuple[Pat
             rows = model.encode(model.open_picture(sample.image)).chunks[0].embeddings
             assert rows is not None
             case = Case(before, rows, after, tokenizer.plain(answer), np.empty((0, 0), np.float32))
-            cases.append(Case(before, rows, after, case.tokens, follow(model.engine, case)))
+            (logits,) = follow(model.engine, [case])
+            cases.append(Case(before, rows, after, case.tokens, logits))
         return model.engine.path, cases
 
 
@@ -53,7 +60,8 @@ def divergences(path: Path, cases: Sequence[Case]) -> list[float]:
     longest = max(len(case.before) + len(case.picture) + len(case.after) + len(case.tokens) for case in cases)
     engine = Engine(path, n_ctx=longest + _ROOM, n_gpu_layers=0)
     try:
-        return [float(kl_divergence(case.logits, follow(engine, case)).mean()) for case in cases]
+        found = follow(engine, cases)
+        return [float(kl_divergence(case.logits, rows).mean()) for case, rows in zip(cases, found, strict=True)]
     finally:
         engine.close()
 
@@ -84,11 +92,7 @@ def main(
             say(f"{name}: {report['samples']} samples, {report['tokens']}")
         source, cases = held_out_cases(bundle, samples)
         tokens = sum(len(case.tokens) for case in cases)
-        sys.stdout.write(f"Mean KL divergence over {tokens} answer tokens of {len(cases)} held-out pictures; ± is the ")
-        sys.stdout.write("standard error of the difference to no matrix.\n\n")
-        sys.stdout.write(
-            "| type | tensors that fall back | none | text only | with pictures |\n|---|---|---|---|---|\n"
-        )
+        sys.stdout.write(HEADER.format(tokens=tokens, cases=len(cases)))
         for type_name in types.split(","):
             found: dict[str, list[float]] = {}
             for name, matrix in matrices.items():
@@ -96,13 +100,20 @@ def main(
                 made = quantize(source, target, check_type(type_name, LLM_TYPES), imatrix=matrix)
                 found[name] = divergences(target, cases)
                 say(f"{type_name}, {name}: {np.mean(found[name]):.4f}")
-            cells = [f"{np.mean(found['none']):.4f}"]
-            for name in ("text", "pictures"):
-                difference = np.subtract(found[name], found["none"])
-                error = difference.std(ddof=1) / len(difference) ** 0.5
-                cells.append(f"{np.mean(found[name]):.4f} ± {error:.4f}")
-            fallbacks = f"{made.fallbacks} of {sum(made.tensors.values())}"
-            sys.stdout.write(f"| {type_name} | {fallbacks} | {' | '.join(cells)} |\n")
+            sys.stdout.write(_row(type_name, made, found))
+            sys.stdout.flush()
+
+
+def _row(type_name: str, made: Quantized, found: dict[str, list[float]]) -> str:
+    means = [f"{np.mean(found[name]):.4f}" for name in ("none", "text", "pictures")]
+    differences = [_difference(found["pictures"], found[name]) for name in ("none", "text")]
+    fallbacks = f"{made.fallbacks} of {sum(made.tensors.values())}"
+    return f"| {' | '.join((type_name, fallbacks, *means, *differences))} |\n"
+
+
+def _difference(one: Sequence[float], other: Sequence[float]) -> str:
+    values = np.subtract(one, other)
+    return f"{values.mean():+.4f} ± {values.std(ddof=1) / len(values) ** 0.5:.4f}"
 
 
 if __name__ == "__main__":

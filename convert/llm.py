@@ -96,12 +96,24 @@ def _tensors(checkpoint: Checkpoint, weights: Weights, arch: gguf.MODEL_ARCH) ->
     if (factors := rope_factors(text)) is not None:
         found.append(("rope_freqs.weight", Lazy(factors.shape, lambda: factors)))
     if checkpoint.tied:
-        weights.leave("lm_head.weight")
+        _leave_tied_head(weights)
     else:
         shape = (text.vocab_size, text.hidden_size)
         weights.check_shape("lm_head.weight", shape)
         found.append(("output.weight", Lazy(shape, lambda: weights.take("lm_head.weight"))))
     return found
+
+
+def _leave_tied_head(weights: Weights) -> None:
+    """Some files keep a copy of the tied matrix. InputError if it is no copy: which one is meant, nothing says."""
+    if "lm_head.weight" not in weights:
+        return
+    head, table = weights.take("lm_head.weight"), weights.take("language_model.embed_tokens.weight")
+    if not np.array_equal(head, table):
+        raise InputError(
+            "config.json: tie_word_embeddings is True, and lm_head.weight is another matrix than embed_tokens.weight",
+            hint="If the head was trained by itself, set tie_word_embeddings to false.",
+        )
 
 
 def expected_shapes(text: PretrainedConfig) -> dict[str, tuple[int, ...]]:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 # Two next tokens this close, in logits, may change places between any two correct programs.
 TIE = 0.05
 
+# Why llama.cpp's libmtmd, as it is now, is wrong about a tower that has a class token.
+CLASS_TOKEN_DEFECT = "llama.cpp appends the class token after the patches, but numbers positions as if it came first"
+
 
 @dataclass(frozen=True)
 class VisionLimits:

@@ -23,7 +23,7 @@ import llava_edge
 from llava_edge.convert import convert_checkpoint
 from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.parity import TIE
-from llava_edge.convert.reference import Reference
+from llava_edge.convert.reference import Prompt, Reference
 from llava_edge.convert.tiny import FAMILIES, Family, make
 from llava_edge.convert.token_ids import reference_prompt
 from llava_edge.convert.tokenizer import load_tokenizer
@@ -55,8 +55,7 @@ class Transformers:
         self._checkpoint = open_checkpoint(directory)
         self._tokenizer = load_tokenizer(directory)
         self._processor = transformers.AutoImageProcessor.from_pretrained(directory)
-        kinds: Any = (transformers.LlavaForConditionalGeneration, transformers.LlavaNextForConditionalGeneration)
-        kind = kinds[self._checkpoint.image_newline]
+        kind: Any = transformers.AutoModelForImageTextToText
         self._model = kind.from_pretrained(directory, dtype=torch.float32).eval()
 
     @torch.inference_mode()
@@ -110,7 +109,7 @@ class OwnReference:
         ends = end_tokens(self._checkpoint.text_config)
         while len(tokens) < TOKENS and ends.isdisjoint(tokens):
             first, last = self._reference.embed([before, [*after, *tokens]])
-            (step,) = self._reference.logits([np.concatenate([first, shown, last])], [1])
+            (step,) = self._reference.logits([Prompt(np.concatenate([first, shown]), [last])], [1])
             logits.append(torch.from_numpy(step[0]))
             tokens.append(int(step[0].argmax()))
         return tokens, logits

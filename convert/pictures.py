@@ -29,8 +29,13 @@ def preprocessor_config(directory: Path) -> dict[str, Any]:
     )
 
 
-def image_spec(config: dict[str, Any], tower_size: int, grid: tuple[tuple[int, int], ...]) -> ImageSpec:
-    """The preparation of pictures; ``grid`` makes it LLaVA-NeXT's. InputError by the field that can't be followed."""
+def image_spec(
+    config: dict[str, Any], tower_size: int, grid: tuple[tuple[int, int], ...], max_tiles: int = 0
+) -> ImageSpec:
+    """The preparation of pictures; ``grid`` makes it LLaVA-NeXT's, and with ``max_tiles`` LLaVA-OneVision's.
+
+    InputError by the field that can't be followed.
+    """
     for name, wanted in _DEFAULTS.items():
         if bool(config.get(name, wanted)) is not wanted:
             raise unsupported(f"preprocessor_config.json: {name}", config[name], wanted)
@@ -45,7 +50,7 @@ def image_spec(config: dict[str, Any], tower_size: int, grid: tuple[tuple[int, i
     if edge != tower_size:
         raise unsupported("preprocessor_config.json: size", config.get("size"), tower_size)
     if grid:
-        return ImageSpec(tower_size, mean, std, "anyres", (0, 0, 0), grid)
+        return ImageSpec(tower_size, mean, std, "anyres", (0, 0, 0), grid, max_tiles)
     if config.get("do_pad"):
         return ImageSpec(tower_size, mean, std, "pad", (red, green, blue))
     return ImageSpec(tower_size, mean, std, "crop" if crops else "squash", (red, green, blue))

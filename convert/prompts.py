@@ -142,12 +142,13 @@ def from_template(template: str, tokenizer: PreTrainedTokenizerBase) -> PromptFo
     assistant_prefix = _without(asked.partition(_QUESTION)[2], user_suffix)
     turn_end = text(first, ("assistant", _ANSWER)).partition(_ANSWER)[2]
     between, _, _ = _cut(text(first, ("assistant", _ANSWER), ("user", _SECOND)).partition(_ANSWER)[2], _SECOND)
-    user_prefix = _without(between, turn_end)
+    user_prefix, text_prefix = _divided(_without(between, turn_end), opening)
     begin, system, default = _opening(text, first, opening, user_prefix, bos)
     stop = {eos} | ({turn_end.strip()} if turn_end.strip() in tokenizer.all_special_tokens else set())
     prompt = PromptFormat(
-        begin, system, default, user_prefix, user_suffix, assistant_prefix, turn_end, tuple(sorted(stop)), image_suffix
-    )
+        begin, system, default, user_prefix, user_suffix, assistant_prefix, turn_end, tuple(sorted(stop)),
+        image_suffix, text_prefix,
+    )  # fmt: skip
     shown = prompt.system.replace("{system}", default) if default else ""
     again = prompt.bos + shown + user_prefix + "<image>" + image_suffix + _QUESTION + user_suffix + assistant_prefix
     if again.removeprefix(bos) != asked.removeprefix(bos):
@@ -159,8 +160,6 @@ def _opening(
     text: Callable[..., str], first: tuple[str, str], opening: str, user_prefix: str, bos: str
 ) -> tuple[str, str, str | None]:
     """What begins a conversation, the system message's place, and the one that stands there by itself."""
-    if not opening.endswith(user_prefix):
-        raise InputError("the chat template begins a turn in two ways")
     begin = bos if bos and opening.startswith(bos) else ""
     alone = opening.removeprefix(begin).removesuffix(user_prefix)
     try:
@@ -175,6 +174,16 @@ def _opening(
     if not (alone.startswith(before) and alone.endswith(after)):
         raise InputError("the chat template writes its own system message in another form")
     return begin, f"{before}{{system}}{after}", alone[len(before) : len(alone) - len(after)]
+
+
+def _divided(prefix: str, opening: str) -> tuple[str, str]:
+    """What begins every turn, and the blanks that come after it where no picture does (LLaVA-OneVision's)."""
+    for end in range(len(prefix), 0, -1):
+        if opening.endswith(prefix[:end]) and not prefix[end:].strip():
+            return prefix[:end], prefix[end:]
+    if prefix:
+        raise InputError("the chat template begins a turn in two ways")
+    return "", ""
 
 
 def _content(text: str) -> list[dict[str, Any]] | str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,6 +29,40 @@ if TYPE_CHECKING:
 
     from llava_edge.convert.checkpoint import Checkpoint
     from llava_edge.convert.weights import Weights
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Rows ``[T, D]`` that several continuations share, which don't see each other, and these."""
+
+    start: NDArray[np.float32]
+    branches: list[NDArray[np.float32]]
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """``[1, T, D]``: the start, then branch by branch."""
+        return torch.from_numpy(np.concatenate([self.start, *self.branches]))[None]
+
+    @property
+    def places(self) -> torch.Tensor:
+        """Positions ``[1, T]``: every branch goes on where the start ends."""
+        begin = len(self.start)
+        parts = [torch.arange(begin), *(torch.arange(begin, begin + len(branch)) for branch in self.branches)]
+        return torch.cat(parts)[None]
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """``[1, 1, T, T]``: whether a row sees another."""
+        owner = torch.cat([torch.zeros(len(rows)) + n for n, rows in enumerate((self.start, *self.branches))])
+        seen = (owner[:, None] == owner[None]) | (owner[None] == 0)
+        return (seen & torch.ones_like(seen).tril())[None, None]
+
+    def ends(self) -> Iterator[int]:
+        """Where each branch ends."""
+        end = len(self.start)
+        for branch in self.branches:
+            end += len(branch)
+            yield end
 
 
 class Reference:
@@ -87,37 +122,39 @@ class Reference:
         return [table[list(run)] for run in tokens]
 
     @torch.inference_mode()
-    def logits(self, inputs: Sequence[NDArray[np.float32]], counts: Sequence[int]) -> list[NDArray[np.float32]]:
-        """Logits ``[count, V]`` after the last ``count`` rows of each of several inputs ``[T, D]``."""
-        states = self._run([torch.from_numpy(rows)[None] for rows in inputs])
+    def logits(self, prompts: Sequence[Prompt], counts: Sequence[int]) -> list[NDArray[np.float32]]:
+        """Logits ``[count, V]`` after the last ``count`` rows of every branch of several prompts."""
+        states = self._run(prompts)
         head = "language_model.embed_tokens.weight" if self._checkpoint.tied else "lm_head.weight"
         matrix = torch.from_numpy(self._weights.take(head))
-        return [(state[0, -count:] @ matrix.T).numpy() for state, count in zip(states, counts, strict=True)]
+        ends = [(state[0], end) for state, prompt in zip(states, prompts, strict=True) for end in prompt.ends()]
+        return [(rows[end - n : end] @ matrix.T).numpy() for (rows, end), n in zip(ends, counts, strict=True)]
 
     @torch.inference_mode()
     def layer_outputs(self, rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """What each layer makes of one input ``[T, D]``."""
         found: list[NDArray[np.float32]] = []
-        self._run([torch.from_numpy(rows)[None]], lambda states: found.append(states[0][0].numpy().copy()))
+        self._run([Prompt(rows, [])], lambda states: found.append(states[0][0].numpy().copy()))
         return found
 
     def _run(
-        self, states: list[torch.Tensor], visit: Callable[[list[torch.Tensor]], object] | None = None
+        self, prompts: Sequence[Prompt], visit: Callable[[list[torch.Tensor]], object] | None = None
     ) -> list[torch.Tensor]:
-        """Send inputs ``[1, T, D]`` through all layers together: the model is read once."""
+        """Send prompts through all layers together: the model is read once. Returns states ``[1, T, D]``."""
         config = self._checkpoint.text_config
         with torch.device("meta"):
             kind: Any = transformers.AutoModelForCausalLM
             skeleton = kind.from_config(config, attn_implementation="sdpa").model
         rotary = type(skeleton.rotary_emb)(config)
-        places = [torch.arange(state.shape[1])[None] for state in states]
+        states, places = [prompt.rows for prompt in prompts], [prompt.places for prompt in prompts]
+        masks = [prompt.mask for prompt in prompts]
         angles = [rotary(state, place) for state, place in zip(states, places, strict=True)]
         for number, layer in enumerate(skeleton.layers):
             self._fill(layer, f"language_model.layers.{number}.")
             layer.eval()
             states = [
-                _first(layer(state, attention_mask=None, position_ids=place, position_embeddings=angle))
-                for state, place, angle in zip(states, places, angles, strict=True)
+                _first(layer(state, attention_mask=mask, position_ids=place, position_embeddings=angle))
+                for state, mask, place, angle in zip(states, masks, places, angles, strict=True)
             ]
             layer.to("meta")
             if visit:

@@ -15,6 +15,8 @@ import llava_edge
 from llava_edge import native
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, Role, probe_picture, resolve_model, sha256_file
 from llava_edge.convert import publish
+from llava_edge.convert.gguf_file import tensor_types
+from llava_edge.convert.parity import CLASS_TOKEN_DEFECT
 from llava_edge.convert.quantize import LLM_TYPES, MMPROJ_TYPES, Quantized, check_type, describe, quantize
 from llava_edge.errors import InputError, ParityError
 from llava_edge.quant_types import VISION_TYPES
@@ -56,6 +58,9 @@ class Quantization:
         """Quantise, measure, publish."""
         start, plan = time.monotonic(), self._plan
         publish.check_output(plan.output, plan.force)
+        warnings = self._losses()
+        for warning in warnings:
+            log.warning("%s", warning)
         try:
             with publish.working_directory(plan.output) as work:
                 made = {role: self._make(role, work) for role in self._types}
@@ -73,6 +78,7 @@ class Quantization:
             "bytes_before": sum(sizes.values()),
             "bytes": sum(file.bytes for file in made.values()),
             "measured": measured,
+            "warnings": warnings,
             "seconds": round(time.monotonic() - start, 1),
         }
 
@@ -100,6 +106,18 @@ class Quantization:
                 )
         kept = {role: old.type for role, old in self._old.items()}
         return {role: name for role, name in {**kept, **wanted}.items() if name != "none"}
+
+    def _losses(self) -> list[str]:
+        """What the new bundle can't do any more."""
+        if "vision_onnx" not in self._old or "vision_onnx" in self._types:
+            return []
+        defect = self._mtmd_defect() if "mmproj" in self._types else "there is no mmproj file"
+        if defect is None:
+            return []
+        return [
+            f"without {self._old['vision_onnx'].path} the new bundle can't look at pictures: only mtmd is left, and "
+            f"{defect}. --vision int8 keeps an exact backend"
+        ]
 
     def _make(self, role: Role, work: Path) -> Quantized:
         source, target, type_name = self._bundle.file(role), work / self._name(role), self._types[role]
@@ -164,7 +182,7 @@ class Quantization:
         longest = max(len(row) for row in rows if row is not None) + cases.TEXT_TOKENS
         engine = Engine(work / self._name("llm"), n_ctx=longest, n_gpu_layers=0)
         try:
-            answers = [cases.follow(engine, case) for case in asked]
+            answers = cases.follow(engine, asked)
         finally:
             engine.close()
         limits = parity.LLM_LIMITS[self._types["llm"]]
@@ -190,15 +208,21 @@ class Quantization:
             engine.close()
         cosine = selfcheck.mean_cosine(rows, manifest.probe)
         # A file that llama.cpp has never read rightly can't be judged by what it makes of it.
-        judged = role == "vision_onnx" or self._mtmd_was_right()
+        judged = role == "vision_onnx" or self._mtmd_defect() is None
         wrong = (
             [f"{path.name}: cosine {cosine:.4f} to the probe"] if judged and not cosine >= selfcheck.MIN_COSINE else []
         )
         return {"probe_cosine": round(cosine, 6)}, wrong
 
-    def _mtmd_was_right(self) -> bool:
-        parity = self._bundle.manifest.parity or {}
-        return all(figures.get("right", True) for figures in parity.get("mtmd", {}).values())
+    def _mtmd_defect(self) -> str | None:
+        """Why llama.cpp can't be right about this tower; None if it should be."""
+        measured = (self._bundle.manifest.parity or {}).get("mtmd", {})
+        for figures in measured.values():
+            if not figures.get("right", True):
+                return str(figures.get("why", "its embeddings were not those of the checkpoint"))
+        if not measured and "v.class_embd" in tensor_types(self._bundle.file("mmproj")):
+            return CLASS_TOKEN_DEFECT
+        return None
 
     def _manifest(self, work: Path, measured: dict[str, Any] | None) -> Manifest:
         old = self._bundle.manifest

@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import save_file
 
 from llava_edge.convert.llm import expected_shapes
-from llava_edge.convert.tiny import VICUNA, write_tokenizer
+from llava_edge.convert.tiny_tokenizers import VICUNA, write_tokenizer
 from llava_edge.errors import InputError
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]

@@ -6,7 +6,6 @@ in the wrong place shows.
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 from collections.abc import Mapping
@@ -17,48 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import transformers
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llava_edge.convert.tokenizer import _PATTERNS
+from llava_edge.convert.tiny_tokenizers import CHATML, INSTRUCT, LLAMA3, ONEVISION, VICUNA, Llm, write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CORPUS = (
-    "What animal is in this picture? A brown dog runs in the snow, and two cats sleep on a red sofa.\n",
-    "I'll say that it's 12 of 345 things; they've seen don't and can't.  Two   blanks.\n\n\tAnd a tab.",
-    "Größe naïve 你好世界 日本語 русский язык 🐈 def f(x): return x**2\n",
-    "USER: ASSISTANT: A chat between a curious user and an artificial intelligence assistant.",
-)
 SIDE, PATCH = 56, 14
 GRID = ((56, 112), (112, 56), (112, 112), (168, 56), (56, 168))  # width, height
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
-VICUNA = (
-    "{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'][0]['text'] }} "
-    "{% elif m['role'] == 'user' %}USER: {% for c in m['content'] %}"
-    "{{ '<image>\n' if c['type'] == 'image' else c['text'] + ' ' }}{% endfor %}"
-    "{% else %}ASSISTANT: {{ m['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
-    "{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-INSTRUCT = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {% for c in m['content'] %}"
-    "{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %} [/INST]"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'][0]['text'] + eos_token }}"
-    "{% else %}{{ raise_exception('no system messages') }}{% endif %}{% endfor %}"
-)
-LLAMA3 = (
-    "{% for m in messages %}{{ (bos_token if loop.first else '') + '<|start_header_id|>' + m['role'] + "
-    "'<|end_header_id|>\n\n' }}{% for c in m['content'] %}{{ '<image>\n' if c['type'] == 'image' else c['text'] }}"
-    "{% endfor %}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-
-Llm = Literal["vicuna", "mistral", "llama3", "qwen2", "smollm"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +42,7 @@ class Family:
     tied: bool = False
     class_token: bool = True
     layers: tuple[int, ...] = (-2,)
+    max_tiles: int = 0
 
 
 FAMILIES: dict[str, Family] = {
@@ -85,6 +52,7 @@ FAMILIES: dict[str, Family] = {
     "v1.6-mistral": Family("original", llm="mistral", mode="anyres", own_tower=True),
     "HF llava": Family(mode="crop"),
     "HF llava_next": Family(llm="mistral", mode="anyres"),
+    "HF llava_onevision": Family(llm="qwen2", tower="siglip", mode="anyres", tied=True, layers=(-1,), max_tiles=2),
     "HF llava, LLaMA-3": Family(llm="llama3"),
     "SigLIP + Qwen2": Family(llm="qwen2", tower="siglip", mode="squash"),
     "DINOv2 + SmolLM": Family(llm="smollm", tower="dinov2", tied=True, class_token=False, layers=(1, 2)),
@@ -137,7 +105,7 @@ def tower_config(kind: str) -> PretrainedConfig:
     if kind == "clip":
         return transformers.CLIPVisionConfig(**common, intermediate_size=160)
     if kind == "siglip":
-        return transformers.SiglipVisionConfig(**common, intermediate_size=160)
+        return transformers.SiglipVisionConfig(**common, intermediate_size=160, vision_use_head=False)
     return transformers.Dinov2Config(**common, layer_norm_eps=1e-6, use_mask_token=False)
 
 
@@ -164,79 +132,6 @@ def text_config(family: Family, vocab_size: int) -> PretrainedConfig:
     return transformers.LlamaConfig(**common, rope_parameters=rope)
 
 
-def write_tokenizer(llm: Llm, directory: Path) -> int:
-    """Train a tokenizer of the model's kind on a few lines; returns the size of its vocabulary.
-
-    SentencePiece's is there as its model only, as in the original format.
-    """
-    if llm in ("vicuna", "mistral"):
-        return _write_sentencepiece(directory, ["<image>"])
-    specials = {
-        "smollm": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        "llama3": ["<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"],
-    }[llm]
-    tokenizer = byte_level(llm, [*specials, "<image>"])
-    ends = ("<|begin_of_text|>", "<|eot_id|>") if llm == "llama3" else (specials[0], "<|im_end|>")
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=ends[0], eos_token=ends[1], pad_token=ends[1]
-    )
-    wrapped.save_pretrained(directory)
-    return len(wrapped)
-
-
-def byte_level(llm: str, specials: list[str]) -> Tokenizer:
-    """Byte-level BPE that splits texts as the model does."""
-    plain = Tokenizer(models.BPE(ignore_merges=llm == "llama3"))
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if llm in ("llama3", "qwen2"):
-        wanted = "llama-bpe" if llm == "llama3" else "qwen2"
-        pattern = next(pattern for pattern, name in _PATTERNS.items() if name == wanted)
-        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        plain.pre_tokenizer = pre_tokenizers.Sequence([split, last])
-    elif llm == "smollm":
-        plain.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), last])
-    else:
-        plain.pre_tokenizer = last
-    if llm == "qwen2":
-        plain.normalizer = normalizers.NFC()
-    plain.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[AddedToken(token, special=True) for token in specials],
-        show_progress=False,
-    )
-    plain.train_from_iterator(CORPUS * 3, trainer)
-    if llm == "llama3":
-        plain.post_processor = processors.TemplateProcessing(
-            single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
-        )
-    return plain
-
-
-def _write_sentencepiece(directory: Path, added: list[str]) -> int:
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 3), model_writer=model, vocab_size=420, model_type="bpe", byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        split_digits=True, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
-    first = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
-    tokens = {"0": "<unk>", "1": "<s>", "2": "</s>", **{str(first + n): token for n, token in enumerate(added)}}
-    config = {
-        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "add_bos_token": True, "add_eos_token": False, "legacy": False,
-        "added_tokens_decoder": {number: {"content": token, "special": True} for number, token in tokens.items()},
-    }  # fmt: skip
-    _write_json(directory / "tokenizer_config.json", config)
-    return int(first) + len(added)
-
-
 def _write_hf(
     family: Family, directory: Path, tower: Any, llm: Any, projector: torch.nn.ModuleList, newline: torch.Tensor
 ) -> None:
@@ -246,10 +141,15 @@ def _write_hf(
         "image_token_index": _image_token(directory), "tie_word_embeddings": family.tied,
         "vision_feature_layer": family.layers[0] if len(family.layers) == 1 else list(family.layers),
         "vision_feature_select_strategy": "full" if family.tower == "siglip" else "default",
-        "image_seq_length": (SIDE // PATCH) ** 2,
     }  # fmt: skip
-    if tiled:
-        pinpoints = [[height, width] for width, height in GRID]
+    pinpoints = [[height, width] for width, height in GRID]
+    if not family.max_tiles:
+        common["image_seq_length"] = (SIDE // PATCH) ** 2
+    if family.max_tiles:
+        ratio = f"anyres_max_{family.max_tiles}"
+        config = transformers.LlavaOnevisionConfig(**common, image_grid_pinpoints=pinpoints, vision_aspect_ratio=ratio)
+        model = transformers.LlavaOnevisionForConditionalGeneration(config)
+    elif tiled:
         config = transformers.LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
         model = transformers.LlavaNextForConditionalGeneration(config)
     else:
@@ -268,7 +168,8 @@ def _write_hf(
         transformers.LlamaTokenizer.from_pretrained(directory).save_pretrained(directory)
     _write_json(directory / "preprocessor_config.json", preprocessor(family))
     templates = {"vicuna": VICUNA, "mistral": INSTRUCT, "llama3": LLAMA3}
-    (directory / "chat_template.jinja").write_text(templates.get(family.llm, CHATML))
+    template = ONEVISION if family.max_tiles else templates.get(family.llm, CHATML)
+    (directory / "chat_template.jinja").write_text(template)
 
 
 def preprocessor(family: Family) -> dict[str, Any]:
@@ -278,8 +179,11 @@ def preprocessor(family: Family) -> dict[str, Any]:
         kind = "SiglipImageProcessor"
         return {**common, "image_processor_type": kind, "size": {"height": SIDE, "width": SIDE}}
     sizes = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}, "do_center_crop": True}
+    pinpoints = [[height, width] for width, height in GRID]
+    if family.max_tiles:
+        square = {"size": {"height": SIDE, "width": SIDE}, "do_pad": True, "image_grid_pinpoints": pinpoints}
+        return {**common, **square, "image_processor_type": "LlavaOnevisionImageProcessor"}
     if family.mode == "anyres":
-        pinpoints = [[height, width] for width, height in GRID]
         kind = "LlavaNextImageProcessor"
         return {**common, **sizes, "image_processor_type": kind, "image_grid_pinpoints": pinpoints}
     pads = family.mode == "pad" and family.format == "hf"

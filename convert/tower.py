@@ -206,6 +206,7 @@ def unsupported(field: str, value: object, *supported: Any) -> InputError:
 
 
 SUPPORTED = (
-    "Supported: `llava` and `llava_next` of transformers and the original LLaVA format; towers CLIP, SigLIP and "
-    "DINOv2; language models LLaMA (Vicuna, LLaMA-3, SmolLM), Mistral and Qwen2; linear and MLP projectors."
+    "Supported: `llava`, `llava_next` and `llava_onevision` of transformers and the original LLaVA format; towers "
+    "CLIP, SigLIP and DINOv2; language models LLaMA (Vicuna, LLaMA-3, SmolLM), Mistral and Qwen2; linear and MLP "
+    "projectors."
 )

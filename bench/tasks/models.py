@@ -92,8 +92,11 @@ class ModelChoice:
 def changed_manifest(manifest: Manifest, choice: ModelChoice) -> Manifest:
     """The manifest with the choice's ablations; InputError where the bundle can't have them."""
     if choice.image_mode:
-        grid = manifest.image.grid if choice.image_mode == "anyres" else ()
-        manifest = replace(manifest, image=replace(manifest.image, mode=choice.image_mode, grid=grid))
+        grid, max_tiles = manifest.image.grid, manifest.image.max_tiles
+        if choice.image_mode != "anyres":
+            grid, max_tiles = (), 0
+        image = replace(manifest.image, mode=choice.image_mode, grid=grid, max_tiles=max_tiles)
+        manifest = replace(manifest, image=image)
     if choice.prompt_format:
         if choice.prompt_format not in PROMPT_FORMATS:
             raise InputError(f"prompt format is {choice.prompt_format!r}; expected one of {', '.join(PROMPT_FORMATS)}")

@@ -67,7 +67,8 @@ class PromptFormat:
     """The text around a conversation's turns. Special tokens in these strings are parsed, in user text never.
 
     ``system`` holds ``{system}`` and is left out when there is no system text; ``turn_end`` follows a finished
-    answer before the next turn; ``image_suffix`` follows each picture.
+    answer before the next turn; ``image_suffix`` follows each picture, and
+    ``text_prefix`` begins the question of a turn that shows none.
     """
 
     bos: str
@@ -79,6 +80,7 @@ class PromptFormat:
     turn_end: str
     stop: tuple[str, ...]
     image_suffix: str
+    text_prefix: str = ""
 
     def __post_init__(self) -> None:
         if self.system and self.system.count("{system}") != 1:
@@ -183,8 +185,11 @@ class Manifest:
     def to_json(self) -> str:
         """The text of ``llava-edge.json``."""
         fields = {"schema": self.schema, **asdict(self)}
-        if not self.image.grid:
-            del fields["image"]["grid"]
+        for optional in ("grid", "max_tiles"):
+            if not fields["image"][optional]:
+                del fields["image"][optional]
+        if not self.prompt.text_prefix:
+            del fields["prompt"]["text_prefix"]
         return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -229,6 +234,7 @@ def prompt_from_fields(f: Fields) -> PromptFormat:
         turn_end=f.text("turn_end"),
         stop=f.texts("stop"),
         image_suffix=f.text("image_suffix"),
+        text_prefix=f.text("text_prefix") if f.has("text_prefix") else "",
     )
 
 
@@ -243,6 +249,7 @@ def image_from_fields(f: Fields) -> ImageSpec:
         mode=mode,
         pad_color=(red, green, blue),
         grid=f.pairs("grid") if f.has("grid") else (),
+        max_tiles=f.integer("max_tiles") if f.has("max_tiles") else 0,
     )
 
 

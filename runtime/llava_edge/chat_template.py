@@ -11,8 +11,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
 from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llava_edge.errors import InputError, ModelError
@@ -144,13 +146,25 @@ class _Refused(Exception):
     """The template called ``raise_exception``."""
 
 
+class _Generation(Extension):
+    """``{% generation %}``, with which transformers marks what an assistant wrote; here its content is all."""
+
+    tags = {"generation"}  # noqa: RUF012  Jinja's own way
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """The statements between the tags, in their place."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 class _Sandbox(ImmutableSandboxedEnvironment):
     """Jinja's immutable sandbox with a budget for loops and no way to multiply texts."""
 
     intercepted_binops = frozenset({"*", "**", "%", "<<"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        extensions = ["jinja2.ext.loopcontrols", _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.steps = 0
         self.globals["range"] = self._range
         self.globals["raise_exception"] = _refuse

@@ -106,6 +106,8 @@ class BundleFormat:
         segments.append(Scaffold(prompt.user_prefix))
         for image in images:
             segments += [image, Scaffold(prompt.image_suffix)]
+        if not images and prompt.text_prefix:
+            segments.append(Scaffold(prompt.text_prefix))
         segments += [UserText(question), Scaffold(prompt.user_suffix), Scaffold(prompt.assistant_prefix)]
         return segments
 

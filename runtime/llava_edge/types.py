@@ -18,6 +18,7 @@ class ImageSpec:
 
     ``size`` is the side in pixels; ``mean`` and ``std`` are per channel (RGB) for values from 0 to 1. ``grid`` is for
     ``anyres`` (LLaVA-NeXT): the widths and heights, in pixels, to one of which a picture is fitted and cut into tiles.
+    ``max_tiles`` is LLaVA-OneVision's: what the tiles show is scaled down to about so many tiles' tokens; 0 never does.
     """
 
     size: int
@@ -26,6 +27,7 @@ class ImageSpec:
     mode: FitMode = "pad"
     pad_color: tuple[int, int, int] = (0, 0, 0)
     grid: tuple[tuple[int, int], ...] = ()
+    max_tiles: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= 4096:
@@ -36,6 +38,8 @@ class ImageSpec:
             raise InputError(f"image.std is {list(self.std)}; every value must be above 0")
         if (self.mode == "anyres") != bool(self.grid):
             raise InputError(f"image.grid has {len(self.grid)} entries; mode anyres needs some, the others none")
+        if self.max_tiles < 0 or (self.max_tiles and self.mode != "anyres"):
+            raise InputError(f"image.max_tiles is {self.max_tiles}; expected 1 or more with mode anyres, 0 otherwise")
         for pair in self.grid:
             if any(edge < 1 or edge % self.size or edge > MAX_TILES * self.size for edge in pair):
                 raise InputError(

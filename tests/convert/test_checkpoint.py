@@ -40,7 +40,7 @@ def edit(path: Path, change: Change) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda c: c.update(model_type="llava_onevision"), "model_type is 'llava_onevision'"),
+        (lambda c: c.update(model_type="llava_next_video"), "model_type is 'llava_next_video'"),
         (lambda c: c["text_config"].update(model_type="phi3"), "text_config.model_type is 'phi3'"),
         (lambda c: c["vision_config"].update(model_type="vit"), "vision_config.model_type is 'vit'"),
         (lambda c: c.update(vision_feature_select_strategy="full"), "vision_feature_select_strategy"),

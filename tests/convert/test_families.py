@@ -93,6 +93,31 @@ def test_an_original_checkpoint_that_is_not_supported_is_refused_by_its_field(
     assert "Supported" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"vision_aspect_ratio": "pad"}, "vision_aspect_ratio is 'pad'; expected 'anyres_max_9'"),
+        ("config.json", {"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy is 'default'"),
+        ("preprocessor_config.json", {"image_grid_pinpoints": [[56, 56]]}, "preprocessor_config.json: image_grid"),
+    ],
+)
+def test_an_onevision_checkpoint_that_is_not_supported_is_refused_by_its_field(
+    file: str, change: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    directory = make(FAMILIES["HF llava_onevision"], tmp_path / "checkpoint")
+    fields = json.loads((directory / file).read_text())
+    (directory / file).write_text(json.dumps({**fields, **change}))
+    with pytest.raises(InputError, match=said):
+        open_checkpoint(directory)
+
+
+def test_what_onevision_scales_down_stands_in_the_manifest(tmp_path: Path) -> None:
+    directory = make(FAMILIES["HF llava_onevision"], tmp_path / "checkpoint")
+    convert_checkpoint(directory, tmp_path / "bundle", vision="none", verify=False)
+    image = open_bundle(tmp_path / "bundle").manifest.image
+    assert (image.mode, image.grid, image.max_tiles) == ("anyres", GRID, 2)
+
+
 def test_a_deeper_projector_is_converted(tmp_path: Path) -> None:
     directory = make(Family("original", projector=3), tmp_path / "checkpoint")
     parity = convert_checkpoint(directory, tmp_path / "bundle", llm_type="F16", mmproj_type="F16")["parity"]

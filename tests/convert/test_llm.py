@@ -15,7 +15,7 @@ from llava_edge.convert.checkpoint import open_checkpoint
 from llava_edge.convert.gate import Gate
 from llava_edge.convert.llm import interleave_rope, write_llm
 from llava_edge.convert.prompts import jinja_source
-from llava_edge.convert.reference import Reference
+from llava_edge.convert.reference import Prompt, Reference
 from llava_edge.convert.token_ids import measure_tokenizer
 from llava_edge.convert.tokenizer import load_tokenizer, pre_tokenizer_name
 from llava_edge.convert.weights import Weights, read_directory
@@ -131,3 +131,15 @@ def test_the_chat_template_writes_the_prompt_format() -> None:
 def test_every_head_is_interleaved_by_itself() -> None:
     rows = np.arange(12, dtype=np.float32)[:, None]
     assert interleave_rope(rows, 2)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_questions_that_share_a_picture_are_computed_together_as_each_alone(checkpoint_dir: Path) -> None:
+    checkpoint = open_checkpoint(checkpoint_dir)
+    reference = Reference(checkpoint, checkpoint.open_weights())
+    random = np.random.default_rng(5)
+    start, *branches = (random.standard_normal((n, 64)).astype(np.float32) for n in (9, 4, 1, 6))
+    together = reference.logits([Prompt(start, branches)], [2, 1, 6])
+    alone = reference.logits([Prompt(start, [branch]) for branch in branches], [2, 1, 6])
+    assert [rows.shape[0] for rows in together] == [2, 1, 6]
+    for found, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,27 @@ def test_files_that_are_not_asked_for_stay_and_none_leaves_one_out(exact: Path, 
     assert manifest.parity is None
     old = next(f for f in open_bundle(exact).manifest.files if f.role == "mmproj")
     assert manifest.files[1] == old
+
+
+def test_leaving_out_the_only_backend_that_is_right_is_said(exact: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llava_edge", "quantize", str(exact), "Q8_0", "-o", str(tmp_path / "small")]
+    options = ["--vision", "none", "--no-verify", "--quiet"]
+    result = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert "can't look at pictures" in result.stderr
+    assert "appends the class token after the patches" in result.stderr
+    # The same is known of a bundle that was never measured.
+    again = quantize_bundle(exact, tmp_path / "unmeasured", "F16", verify=False)
+    assert again["warnings"] == []
+    report = quantize_bundle(tmp_path / "unmeasured", tmp_path / "smaller", "Q8_0", vision="none", verify=False)
+    assert "appends the class token after the patches" in report["warnings"][0]
+
+
+def test_leaving_out_a_backend_is_no_loss_where_llama_cpp_is_right(tmp_path: Path) -> None:
+    make(FAMILIES["SigLIP + Qwen2"], tmp_path / "checkpoint")
+    convert_checkpoint(tmp_path / "checkpoint", tmp_path / "exact", llm_type="F16", mmproj_type="F16", vision="fp32")
+    report = quantize_bundle(tmp_path / "exact", tmp_path / "small", "Q8_0", vision="none", verify=False)
+    assert report["warnings"] == []
+    assert open_bundle(tmp_path / "small").manifest.backends == ("mtmd",)
 
 
 def test_what_is_quantised_already_is_refused(exact: Path, tmp_path: Path) -> None:

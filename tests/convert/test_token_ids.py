@@ -16,11 +16,13 @@ from llava_edge.convert.cases import prompt_ids
 from llava_edge.convert.checkpoint import Checkpoint, Options, open_checkpoint
 from llava_edge.convert.llm import write_llm
 from llava_edge.convert.prompts import NAMED, find_prompt, from_template, jinja_source
-from llava_edge.convert.tiny import CORPUS, FAMILIES, VICUNA, Family, Llm, make
+from llava_edge.convert.tiny import FAMILIES, Family, make
+from llava_edge.convert.tiny_tokenizers import CORPUS, ONEVISION, VICUNA, Llm
 from llava_edge.convert.token_ids import TEXTS, reference_prompt
 from llava_edge.convert.tokenizer import load_tokenizer, space_rule
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError
+from llava_edge.prompt import BundleFormat, ImageRef
 
 ALPHABETS = (
     "abcdefghijklmnopqrstuvwxyz", "ABCXYZ", "0123456789", " ", "  ", "\t", ".,;:!?", "'\"`", "()[]{}<>", "+-*/=%&|^~",
@@ -162,6 +164,21 @@ def test_a_template_that_sorts_its_parts_is_taken_apart(checkpoint_of: Callable[
     assert (prompt.user_prefix, prompt.image_suffix, prompt.user_suffix) == ("USER: ", "\n", " ")
     assert (prompt.assistant_prefix, prompt.turn_end, prompt.stop) == ("ASSISTANT:", " ", ("</s>",))
     assert (prompt.bos, prompt.system, prompt.default_system) == ("<s> ", "{system} ", None)
+
+
+def test_a_template_that_shows_texts_alone_in_another_way_is_taken_apart(
+    checkpoint_of: Callable[[Llm], Checkpoint],
+) -> None:
+    tokenizer = load_tokenizer(checkpoint_of("smollm").directory)
+    prompt = from_template(ONEVISION, tokenizer)
+    assert (prompt.user_prefix, prompt.image_suffix, prompt.text_prefix) == ("<|im_start|>user ", "\n", "\n")
+    assert (prompt.assistant_prefix, prompt.turn_end) == ("<|im_start|>assistant\n", "<|im_end|>")
+    written = "".join(
+        segment.text for segment in BundleFormat(prompt).turn(1, [], "Why?", None) if not isinstance(segment, ImageRef)
+    )
+    assert written == "<|im_end|><|im_start|>user \nWhy?<|im_end|><|im_start|>assistant\n"
+    with pytest.raises(InputError, match="begins a turn in two ways"):
+        from_template(ONEVISION.replace("'\n' + c['text']", "'text: ' + c['text']"), tokenizer)
 
 
 TYPED = "(message['content'] | map(attribute='text', default='<image>\n') | join)"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,29 +19,37 @@ from PIL import Image
 
 import llava_edge
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Probe, open_bundle, probe_picture
-from llava_edge.engine import Engine
+from llava_edge.engine import Engine, EngineError
 from llava_edge.errors import InputError, ModelError
 from llava_edge.images import normalize
 from llava_edge.types import ImageSpec
-from llava_edge.vision.onnx import OnnxEncoder
+from llava_edge.vision.onnx import WATCHER, OnnxEncoder
 
 SPEC = ImageSpec(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), mode="pad", pad_color=(9, 9, 9))
 KERNEL = np.random.default_rng(3).standard_normal((64, 3, 8, 8)).astype(np.float32) * 0.1
 
 
-def write_tower(path: Path, *, width: int = 64, size: int = 32, scale: float = 1.0) -> Path:
-    """Patches of 8 pixels, each times one matrix."""
+def write_tower(path: Path, *, width: int = 64, size: int = 32, scale: float = 1.0, steps: int = 0) -> Path:
+    """Patches of 8 pixels, each times one matrix; ``steps`` large products of nothing make it slow."""
     nodes = [
         helper.make_node("Conv", ["pixels", "kernel"], ["patches"], kernel_shape=[8, 8], strides=[8, 8]),
         helper.make_node("Reshape", ["patches", "shape"], ["flat"]),
-        helper.make_node("Transpose", ["flat"], ["embeddings"], perm=[0, 2, 1]),
+        helper.make_node("Transpose", ["flat"], ["rows"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["rows", "widen"], ["step.0"]),
+        *(helper.make_node("MatMul", [f"step.{n}", "slow"], [f"step.{n + 1}"]) for n in range(steps)),
+        helper.make_node("MatMul", [f"step.{steps}", "narrow"], ["nothing"]),
+        helper.make_node("Add", ["rows", "nothing"], ["embeddings"]),
     ]
     inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, size, size])]
     outputs = [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", (size // 8) ** 2, width])]
     tensors = [
         numpy_helper.from_array(KERNEL[:width] * scale, "kernel"),
         numpy_helper.from_array(np.array([0, width, -1]), "shape"),
+        numpy_helper.from_array(np.zeros((width, 2048 if steps else 1), np.float32), "widen"),
+        numpy_helper.from_array(np.zeros((2048 if steps else 1, width), np.float32), "narrow"),
     ]
+    if steps:
+        tensors.append(numpy_helper.from_array(np.eye(2048, dtype=np.float32), "slow"))
     graph = helper.make_graph(nodes, "tower", inputs, outputs, tensors)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
     return path
@@ -103,6 +113,28 @@ def test_files_that_do_not_fit_are_refused_in_words(engine: Engine, tmp_path: Pa
     infinite = OnnxEncoder(write_tower(tmp_path / "infinite.onnx", scale=float("inf")), SPEC, engine)
     with pytest.raises(ModelError, match="values that are not numbers"):
         infinite.encode([noise(0)])
+
+
+def test_a_picture_is_stopped_in_the_middle(engine: Engine, tmp_path: Path) -> None:
+    encoder = OnnxEncoder(write_tower(tmp_path / "slow.onnx", steps=200), SPEC, engine, n_threads=1)
+
+    def stop() -> None:
+        while not any(thread.name == WATCHER for thread in threading.enumerate()):
+            time.sleep(0.001)
+        engine.stopping = True
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        # Before the picture the wish is not there yet, and after it nobody looks: only the run itself can end this way.
+        with pytest.raises(EngineError, match="the picture's evaluation was stopped"):
+            encoder.encode([noise(1)])
+    finally:
+        thread.join()
+        engine.stopping = False
+    (rows,) = encoder.encode([noise(1)])
+    np.testing.assert_allclose(rows, expected(noise(1)), atol=1e-4)
+    encoder.close()
 
 
 def test_the_manifests_order_is_followed(with_onnx: Callable[..., Path], pictures: list[Path]) -> None:

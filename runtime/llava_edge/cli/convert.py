@@ -48,8 +48,9 @@ PROMPTS = "vicuna_v1, llava_v1, mistral_instruct, chatml, chatml_direct, llama-3
 def convert(checkpoint: Path, output: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """Convert CHECKPOINT into a bundle of GGUF and ONNX files with a manifest.
 
-    CHECKPOINT is a LLaVA in the format of transformers (llava, llava_next) or of the original code, or a LoRA adapter
-    of one. Every file is compared with it, and the figures go into the manifest. Needs the extra 'convert'.
+    CHECKPOINT is a LLaVA in the format of transformers (llava, llava_next, llava_onevision) or of the original code,
+    or a LoRA adapter of one. Every file is compared with it, and the figures go into the manifest. Needs the extra
+    'convert'.
 
     \b
     llava-edge convert my-llava -o my-bundle

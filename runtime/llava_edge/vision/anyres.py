@@ -1,5 +1,7 @@
 """LLaVA-NeXT's way of looking closer: a squashed picture of the whole, and tiles of the picture at more pixels.
 
+LLaVA-OneVision does the same and limits what the tiles add.
+
 Shapes: T tokens, D width; R x C cells of one tile's grid; images are given as (width, height) in pixels.
 """
 
@@ -22,15 +24,20 @@ if TYPE_CHECKING:
     from llava_edge.types import ImageSpec
 
 NEWLINE = "v.image_newline"
+_TOLERANCE = 1.1
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a picture of ``size`` was cut: ``rows`` x ``columns`` tiles, the picture centred on black."""
+    """How a picture of ``size`` was cut: ``rows`` x ``columns`` tiles, the picture centred on black.
+
+    ``max_tiles`` is that of the ``ImageSpec``.
+    """
 
     rows: int
     columns: int
     size: tuple[int, int]
+    max_tiles: int = 0
 
 
 def best_fit(size: tuple[int, int], grid: Sequence[tuple[int, int]]) -> tuple[int, int]:
@@ -57,7 +64,7 @@ def split(image: Image.Image, spec: ImageSpec) -> tuple[list[Image.Image], Layou
         for left in range(0, width, side)
     ]
     whole = image.resize((side, side), Image.Resampling.BICUBIC)
-    return [whole, *tiles], Layout(height // side, width // side, image.size)
+    return [whole, *tiles], Layout(height // side, width // side, image.size, spec.max_tiles)
 
 
 def assemble(
@@ -65,13 +72,15 @@ def assemble(
 ) -> NDArray[np.float32]:
     """Embeddings of the whole and of every tile, each ``[R * C, D]``, into one picture's ``[T, D]``.
 
-    The tiles are put together, rows and columns that show only padding are cut off (``spatial_unpad``), and
-    ``newline`` ``[D]`` ends each row.
+    The tiles are put together, rows and columns that show only padding are cut off (``spatial_unpad``), what is then
+    more than ``layout.max_tiles`` allows is scaled down, and ``newline`` ``[D]`` ends each row.
     """
     rows, columns = layout.rows * cells[0], layout.columns * cells[1]
     tiles = np.stack(parts[1:]).reshape(layout.rows, layout.columns, *cells, -1)
     field = tiles.transpose(0, 2, 1, 3, 4).reshape(rows, columns, -1)
     field = _unpadded(field, layout.size)
+    if layout.max_tiles:
+        field = _shrunk(field, layout.max_tiles * cells[0] * cells[1])
     ends = np.broadcast_to(newline, (len(field), 1, field.shape[2]))
     lines = np.concatenate([field, ends], axis=1, dtype=np.float32)
     return np.concatenate([parts[0], lines.reshape(-1, field.shape[2])])
@@ -111,3 +120,25 @@ def _unpadded(field: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.f
         return field[cut : rows - cut]
     cut = (columns - int(round(width * (rows / height), 7))) // 2
     return field[:, cut : columns - cut]
+
+
+def _shrunk(field: NDArray[np.float32], room: int) -> NDArray[np.float32]:
+    """The field ``[R, C, D]`` with about ``room`` cells, as transformers counts them; a tenth too many a side stay."""
+    rows, columns = field.shape[:2]
+    ratio = math.sqrt(rows * columns / room)
+    if ratio <= _TOLERANCE:
+        return field
+    rows, columns = max(1, int(rows // ratio)), max(1, int(columns // ratio))
+    return _resampled(_resampled(field, rows, 0), columns, 1)
+
+
+def _resampled(field: NDArray[np.float32], count: int, axis: int) -> NDArray[np.float32]:
+    """Bilinear interpolation along one axis: cells are squares, and their values stand in the middle."""
+    length = field.shape[axis]
+    places = np.maximum((np.arange(count) + 0.5) * (length / count) - 0.5, 0)
+    low = places.astype(np.int64)
+    share = (places - low).astype(np.float32)
+    share = share[:, None, None] if axis == 0 else share[None, :, None]
+    high = np.minimum(low + 1, length - 1)
+    result: NDArray[np.float32] = field.take(low, axis) * (1 - share) + field.take(high, axis) * share
+    return result

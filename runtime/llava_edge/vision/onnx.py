@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from llava_edge.types import ImageSpec
 
 _FATAL = 4
+_LOOK_SECONDS = 0.02
+WATCHER = "llava-edge-stop"
 
 
 class OnnxEncoder:
@@ -70,13 +73,39 @@ class OnnxEncoder:
             raise ModelError(f"the vision tower {self.path} takes {self._spec.size} pixels a side, not {image.size}")
         pixels = normalize(image, self._spec)[None]
         try:
-            (batch,) = self._engine.worker.run(functools.partial(self._session.run, None, {self._input: pixels}))
+            (batch,) = self._run(pixels)
+        except EngineError:
+            raise
         except Exception as error:  # ONNX Runtime raises a class of its own for every status
             raise ModelError(f"the vision tower {self.path} failed: {error}") from None
         embeddings: NDArray[np.float32] = np.ascontiguousarray(batch[0], dtype=np.float32)
         if not np.isfinite(embeddings).all():
             raise ModelError(f"the vision tower {self.path} gave values that are not numbers")
         return embeddings
+
+    def _run(self, pixels: NDArray[np.float32]) -> Any:
+        """The model's outputs. EngineError if the evaluation is stopped: ONNX Runtime looks between two nodes."""
+        import onnxruntime
+
+        options = onnxruntime.RunOptions()
+        options.log_severity_level = _FATAL
+        over = threading.Event()
+        threading.Thread(target=self._watch, args=(options, over), name=WATCHER, daemon=True).start()
+        try:
+            return self._engine.worker.run(functools.partial(self._session.run, None, {self._input: pixels}, options))
+        except Exception:
+            if options.terminate:
+                raise EngineError("the picture's evaluation was stopped") from None
+            raise
+        finally:
+            over.set()
+
+    def _watch(self, options: Any, over: threading.Event) -> None:
+        """Pass on the wish to stop, from another thread or Ctrl-C, while the model runs."""
+        while not over.wait(_LOOK_SECONDS):
+            if self._engine.stop_wanted:
+                options.terminate = True
+                return
 
     def _checked_input(self) -> str:
         """The name of the one input, once its shape ``[B, 3, size, size]`` is right."""
