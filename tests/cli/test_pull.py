@@ -359,7 +359,7 @@ def test_ctrl_c_leaves_no_mess(pull: Any, hub: FakeHub, home: Path) -> None:
 
 
 def test_killed_anywhere_the_next_pull_completes(pull: Any, hub: FakeHub, home: Path) -> None:
-    """After so many bytes of the download; the boundaries of every write are in tests/runtime/test_kills.py."""
+    """After so many bytes of the download; the boundaries of every write are in tests/test_kills.py."""
     rng = random.Random(0)
     hub.faults = Faults(slow_seconds=0.01)
     for _ in range(3):
