@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from llava_edge import images, store
-from llava_edge.bundle import Bundle, embedded_models, resolve_model
+from llava_edge.bundle import MANIFEST_NAME, Bundle, embedded_models, resolve_model
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError, ModelError
 from llava_edge.generate import TokenLoop
@@ -357,7 +357,7 @@ def _pulled_pair(model: str | os.PathLike[str], vision_backend: str) -> Parts | 
     directory = Path(model)
     if (directory / store.PAIR_NAME).is_file():
         pulled: store.Pulled | None = store.open_pulled(directory)
-    elif directory.is_dir() or os.fspath(model) in embedded_models():
+    elif (directory / MANIFEST_NAME).is_file() or os.fspath(model) in embedded_models():
         return None
     else:
         pulled = store.find(os.fspath(model))
