@@ -20,6 +20,7 @@ from llava_edge.bench.tasks.samples import (
     Mark,
     Record,
     Sample,
+    batches,
     by_picture,
     read_records,
     shard,
@@ -27,6 +28,7 @@ from llava_edge.bench.tasks.samples import (
     write_text,
 )
 from llava_edge.bench.tasks.task import Metrics, Task, make_task
+from llava_edge.bench.tasks.together import QUESTIONS
 from llava_edge.errors import ImageError, InputError
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 SETTINGS, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 REVIEWS, JUDGED = "reviews.jsonl", "judged.json"
+BACKEND = "vision_backend"
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,24 @@ def start(folder: Path, plan: Plan, *, resume: bool, overwrite: bool) -> list[Re
     if settings.is_file() and not overwrite:
         if not resume:
             raise InputError(f"{folder} has a run already", hint="--resume goes on with it, --overwrite begins anew.")
-        _check_same(folder, _read_settings(folder), plan.settings)
+        _check_same(folder, _read_settings(folder), plan.settings, BACKEND)
         return _kept_records(folder, plan)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (SUMMARY, SAMPLES, REVIEWS, JUDGED):
         (folder / name).unlink(missing_ok=True)
     write_text(settings, json.dumps(plan.settings, indent=2, ensure_ascii=False) + "\n")
     return []
+
+
+def note_backend(folder: Path, backend: str) -> None:
+    """Write down what reads the run's pictures; InputError where something else has read the first of them."""
+    settings = _read_settings(folder)
+    if settings.get(BACKEND, backend) != backend:
+        raise InputError(
+            f"the pictures of {folder} were read by {settings[BACKEND]} so far, and would now be by {backend}",
+            hint=f"Name it with --vision-backend {settings[BACKEND]}, or begin anew with --overwrite.",
+        )
+    write_text(folder / SETTINGS, json.dumps({**settings, BACKEND: backend}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -172,46 +186,58 @@ def run_samples(
     *,
     skip_bad: bool = False,
 ) -> list[Record]:
-    """Ask what is left and append every answer to the run's file at once.
+    """Ask what is left, batch by batch, and append the answers to the run's file as they come.
 
     A picture that can't be read ends the run, or with ``skip_bad`` leaves a record without an answer.
     """
-    records = list(done)
+    records, passed = list(done), 0
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-        for index, sample in plan.samples[len(done) :]:
-            record = ask(task, asker, index, sample, skip_bad=skip_bad)
-            file.write(record.to_json() + "\n")
+        for batch in batches(plan.samples, QUESTIONS):
+            passed += len(batch)
+            missing = passed - len(records)
+            if missing <= 0:
+                continue
+            # All of it, even where a killed run has answered some: what is asked together is always the same.
+            for record in ask(task, asker, batch, skip_bad=skip_bad)[-missing:]:
+                file.write(record.to_json() + "\n")
+                records.append(record)
             file.flush()
-            records.append(record)
-            progress(1)
+            progress(missing)
     return records
 
 
-def ask(task: Task, asker: Asker, index: int, sample: Sample, *, skip_bad: bool = False) -> Record:
-    """Ask one question and mark the answer."""
+def ask(task: Task, asker: Asker, batch: Sequence[tuple[int, Sample]], *, skip_bad: bool = False) -> list[Record]:
+    """Ask questions on one picture and mark the answers. Their time is shared out evenly."""
     started = time.perf_counter()
+    samples = [sample for _, sample in batch]
     try:
-        said = asker.answer(task, sample)
-        mark = task.mark(sample, said)
+        said = asker.answer_all(task, samples)
+        marks = [task.mark(sample, answer) for sample, answer in zip(samples, said, strict=True)]
     except ImageError as error:
         if not skip_bad:
-            raise ImageError(f"sample {sample.id}: {error}", hint="--resume --skip-bad goes on without it.") from None
-        said, mark = Said("", "", 0), Mark(None, {"unreadable": str(error)})
-    seconds = time.perf_counter() - started
-    return Record(
-        index=index,
-        id=sample.id,
-        image=sample.image_name,
-        question=sample.question,
-        prompt_sha256=said.prompt_sha256,
-        answer=said.text,
-        expected=sample.expected,
-        score=mark.score,
-        detail=mark.detail,
-        facts=sample.facts,
-        seconds=round(seconds, 6),
-        tokens=said.tokens,
-    )
+            raise ImageError(
+                f"sample {samples[0].id}: {error}", hint="--resume --skip-bad goes on without it."
+            ) from None
+        said = [Said("", "", 0)] * len(batch)
+        marks = [Mark(None, {"unreadable": str(error)})] * len(batch)
+    seconds = (time.perf_counter() - started) / len(batch)
+    return [
+        Record(
+            index=index,
+            id=sample.id,
+            image=sample.image_name,
+            question=sample.question,
+            prompt_sha256=answer.prompt_sha256,
+            answer=answer.text,
+            expected=sample.expected,
+            score=mark.score,
+            detail=mark.detail,
+            facts=sample.facts,
+            seconds=round(seconds, 6),
+            tokens=answer.tokens,
+        )
+        for (index, sample), answer, mark in zip(batch, said, marks, strict=True)
+    ]
 
 
 def summary_of(settings: dict[str, Any], metrics: Metrics, headline: str, asked: int) -> dict[str, Any]:
@@ -219,14 +245,16 @@ def summary_of(settings: dict[str, Any], metrics: Metrics, headline: str, asked:
     kept = {key: settings[key] for key in ("task", "model", "options", "samples", "skipped", "shard")}
     return {
         **kept,
+        BACKEND: settings.get(BACKEND),
         "asked": asked,
         "headline": headline,
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
     }
 
 
-def finish(folder: Path, settings: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+def finish(folder: Path, records: list[Record]) -> dict[str, Any]:
     """Write the summary and the task's own files beside it."""
+    settings = _read_settings(folder)
     task = make_task(settings["task"], settings["options"])
     asked = [record for record in records if not record.unreadable]
     summary = summary_of(settings, task.summarize(asked), task.headline, len(asked))
@@ -271,4 +299,4 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
     target.mkdir(parents=True, exist_ok=True)
     write_records(target / SAMPLES, records)
     write_text(target / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return finish(target, settings, records)
+    return finish(target, records)
