@@ -17,9 +17,9 @@ class Progress:
         self._done = 0
         self._started = self._said = time.monotonic()
 
-    def step(self, count: int = 1) -> None:
-        """So many more are done."""
-        self._done += count
+    def step(self) -> None:
+        """One more is done."""
+        self._done += 1
         now = time.monotonic()
         if now - self._said >= _EVERY_SECONDS and self._done < self._total:
             self._said = now

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from llava_edge.bench.record import Metric
 from llava_edge.bench.tasks.asking import Asker
 from llava_edge.bench.tasks.reading import Data
 from llava_edge.bench.tasks.run import Plan, ask, plan_run
-from llava_edge.bench.tasks.samples import batches
+from llava_edge.bench.tasks.samples import Sample
 from llava_edge.bench.tasks.task import Task, make_task
-from llava_edge.bench.tasks.together import QUESTIONS
 
 
 @dataclass(frozen=True)
@@ -45,21 +44,24 @@ def measure_tasks(subject: Subject, tasks: Sequence[QuantsTask], threads: int, s
     if not tasks:
         return {}
     found = {}
-    options: dict[str, Any] = {
-        "n_threads": threads,
-        "image_tokens": subject.image_tokens,
-        "vision_backend": subject.vision_backend,
-    }
-    with llava_edge.load(subject.bundle.directory, **options, n_seq_max=QUESTIONS + 1, one_pool=True) as model:
+    with llava_edge.load(
+        subject.bundle.directory,
+        n_threads=threads,
+        image_tokens=subject.image_tokens,
+        vision_backend=subject.vision_backend,
+    ) as model:
         asker = Asker(model)
         for entry in tasks:
             progress = Progress(f"{subject.label}: {entry.name}", len(entry.plan.samples), say)
-            records = []
-            for batch in batches(entry.plan.samples, QUESTIONS):
-                records += ask(entry.task, asker, batch)
-                progress.step(len(batch))
+            records = [ask(entry.task, asker, *pair) for pair in _counted(entry.plan.samples, progress)]
             metric = entry.task.summarize(records)[entry.task.headline]
             if metric.value is not None:
                 interval = None if metric.low is None or metric.high is None else (metric.low, metric.high)
                 found[f"{entry.name} {entry.task.headline}"] = Metric("score", metric.value, interval)
     return found
+
+
+def _counted(samples: Sequence[tuple[int, Sample]], progress: Progress) -> Iterator[tuple[int, Sample]]:
+    for pair in samples:
+        yield pair
+        progress.step()

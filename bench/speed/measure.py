@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 import time
@@ -25,6 +26,8 @@ from llava_edge.errors import InputError
 
 if TYPE_CHECKING:
     from collections import Counter
+
+    from llava_edge.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,23 @@ def measure_speed(subject: Subject, settings: SpeedSettings, found: dict[str, Me
 def make_picture(number: int) -> Image.Image:
     """A picture that differs from every other number's, so that nothing of it is in a cache."""
     return ImageChops.offset(probe_picture(max(PICTURE_SIZE)).crop((0, 0, *PICTURE_SIZE)), 5 * number, 3 * number)
+
+
+def prefill_seconds(engine: Engine, tokens: Sequence[int]) -> float:
+    """Time to read a prompt, into an empty context."""
+    engine.truncate(0)
+    started = time.perf_counter()
+    engine.decode_tokens(tokens)
+    return time.perf_counter() - started
+
+
+def decode_seconds(engine: Engine, tokens: Sequence[int], depth: int) -> float:
+    """Time to evaluate tokens one by one after the first ``depth`` of the context."""
+    engine.truncate(depth)
+    started = time.perf_counter()
+    for token in tokens:
+        engine.decode_tokens([token])
+    return time.perf_counter() - started
 
 
 class _SpeedRun:
@@ -191,14 +211,8 @@ class _SpeedRun:
         engine = model.engine
         count = min(self._settings.prompt_tokens, engine.n_ctx - 1)
         tokens = self._tokens(model, count)
-
-        def prefill() -> float:
-            model.cache.clear()
-            started = time.perf_counter()
-            engine.decode_tokens(tokens)
-            return time.perf_counter() - started
-
-        samples = self._repeat(f"pp{count}", prefill)
+        model.cache.clear()
+        samples = self._repeat(f"pp{count}", lambda: prefill_seconds(engine, tokens))
         self.metrics[f"pp{count}"] = rate(samples, count)
         flops = self._subject.weights["llm"].prefill_flops()
         for kind in flops:
@@ -213,15 +227,8 @@ class _SpeedRun:
             if depth:
                 engine.decode_tokens(self._tokens(model, depth), logits=False)
 
-            def decode(depth: int = depth) -> float:
-                engine.truncate(depth)
-                started = time.perf_counter()
-                for token in tokens:
-                    engine.decode_tokens([token])
-                return time.perf_counter() - started
-
             name, before = f"tg{count}@{depth}", environment.energy_joules()
-            samples = self._repeat(name, decode)
+            samples = self._repeat(name, functools.partial(decode_seconds, engine, tokens, depth))
             self.metrics[name] = rate(samples, count)
             self._energy(name, before, count * (len(samples) + 1))
             self._mbu(f"{name}_mbu", depth + count / 2, count, samples)

@@ -1,7 +1,7 @@
 """Ask a model one question after the other, each as a conversation of its own.
 
 The KV cache keeps the longest common beginning of two prompts, so that questions on one picture that follow each other
-cost one reading of it; where the model was loaded for that, several of them are answered in one batch.
+cost one reading of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llava_edge.bench.tasks.together import answer_together
 from llava_edge.generate import Generation, generate
 from llava_edge.prompt import ImageRef, TokenRun, Unit
 from llava_edge.sampling import Sampler
@@ -53,23 +52,6 @@ class Asker:
         self._system = system
         self._share = share
         self._opened: tuple[Path, Picture] | None = None
-        self.asked_again = 0
-        """Questions whose answer from a batch was not sure enough to be taken."""
-
-    def answer_all(self, task: Task, samples: Sequence[Sample]) -> list[Said]:
-        """The answers of :meth:`answer` to questions on one picture, in one batch where that is possible."""
-        image = samples[0].image
-        alone = image is None or len(samples) == 1 or any(sample.choices for sample in samples)
-        if alone or not self._share or self._model.engine.n_seq_max == 1:
-            return [self.answer(task, sample) for sample in samples]
-        parts = [self._units(sample.question, image) for sample in samples]
-        prompts = [units for units, _ in parts]
-        found = answer_together(self._model, prompts, parts[0][1], task.max_tokens)
-        said = []
-        for sample, units, generation in zip(samples, prompts, found, strict=True):
-            self.asked_again += generation is None
-            said.append(self.answer(task, sample) if generation is None else _said(generation, units))
-        return said
 
     def answer(self, task: Task, sample: Sample) -> Said:
         """Ask as the sample wants it: choose among its choices, or write."""
@@ -85,7 +67,7 @@ class Asker:
         loop = model.token_loop(generation, Sampler(SamplingParams()), max_tokens)
         for _ in generate(loop, model.cache):
             pass
-        return _said(generation, units)
+        return Said(generation.text.strip(), _prompt_hash(units), len(generation.ids))
 
     def choose(self, question: str, image: Path | None, choices: Sequence[str], by: ChoiceBy) -> Said:
         """Choose by probability: of the choice's letter after the prompt (one forward pass, whatever the number of
@@ -101,22 +83,18 @@ class Asker:
 
     def _read(self, question: str, image: Path | None) -> tuple[list[Unit], dict[str, EncodedImage]]:
         """Evaluate a prompt, up to the logits of the answer's first token."""
-        if not self._share:
-            self._model.forget()
-            self._opened = None
-        units, encoded = self._units(question, image)
-        self._model.cache.prefill(units, encoded)
-        return units, encoded
-
-    def _units(self, question: str, image: Path | None) -> tuple[list[Unit], dict[str, EncodedImage]]:
-        """A prompt, and its picture as the model reads it."""
         model = self._model
+        if not self._share:
+            model.forget()
+            self._opened = None
         encoded = {}
         refs = []
         if image is not None:
             picture = model.encode(self._open(image))
             encoded, refs = {picture.key: picture}, [ImageRef(picture.key)]
-        return model.tokenizer.units(model.format.turn(0, refs, question, self._system)), encoded
+        units = model.tokenizer.units(model.format.turn(0, refs, question, self._system))
+        model.cache.prefill(units, encoded)
+        return units, encoded
 
     def _open(self, image: Path) -> Picture:
         if self._opened is None or self._opened[0] != image:
@@ -153,10 +131,6 @@ def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     scores -= scores.max()
     result: NDArray[np.float64] = scores - np.log(np.exp(scores).sum())
     return result
-
-
-def _said(generation: Generation, units: Sequence[Unit]) -> Said:
-    return Said(generation.text.strip(), _prompt_hash(units), len(generation.ids))
 
 
 def _prompt_hash(units: Sequence[Unit]) -> str:

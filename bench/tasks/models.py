@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llava_edge.bench.tasks.together import QUESTIONS
 from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, resolve_model, sha256_file
 from llava_edge.convert.prompts import NAMED
 from llava_edge.errors import InputError
@@ -102,8 +101,6 @@ class ModelChoice:
                 n_gpu_layers=self.n_gpu_layers,
                 image_tokens=self.image_tokens,
                 vision_backend=self.vision_backend,
-                n_seq_max=QUESTIONS + 1,
-                one_pool=True,
             ) as model:
                 yield model
 

@@ -20,7 +20,6 @@ from llava_edge.bench.tasks.samples import (
     Mark,
     Record,
     Sample,
-    batches,
     by_picture,
     read_records,
     shard,
@@ -28,7 +27,6 @@ from llava_edge.bench.tasks.samples import (
     write_text,
 )
 from llava_edge.bench.tasks.task import Metrics, Task, make_task
-from llava_edge.bench.tasks.together import QUESTIONS
 from llava_edge.errors import ImageError, InputError
 
 if TYPE_CHECKING:
@@ -186,58 +184,46 @@ def run_samples(
     *,
     skip_bad: bool = False,
 ) -> list[Record]:
-    """Ask what is left, batch by batch, and append the answers to the run's file as they come.
+    """Ask what is left and append every answer to the run's file at once.
 
     A picture that can't be read ends the run, or with ``skip_bad`` leaves a record without an answer.
     """
-    records, passed = list(done), 0
+    records = list(done)
     with (folder / SAMPLES).open("a", encoding="utf-8") as file:
-        for batch in batches(plan.samples, QUESTIONS):
-            passed += len(batch)
-            missing = passed - len(records)
-            if missing <= 0:
-                continue
-            # All of it, even where a killed run has answered some: what is asked together is always the same.
-            for record in ask(task, asker, batch, skip_bad=skip_bad)[-missing:]:
-                file.write(record.to_json() + "\n")
-                records.append(record)
+        for index, sample in plan.samples[len(done) :]:
+            record = ask(task, asker, index, sample, skip_bad=skip_bad)
+            file.write(record.to_json() + "\n")
             file.flush()
-            progress(missing)
+            records.append(record)
+            progress(1)
     return records
 
 
-def ask(task: Task, asker: Asker, batch: Sequence[tuple[int, Sample]], *, skip_bad: bool = False) -> list[Record]:
-    """Ask questions on one picture and mark the answers. Their time is shared out evenly."""
+def ask(task: Task, asker: Asker, index: int, sample: Sample, *, skip_bad: bool = False) -> Record:
+    """Ask one question and mark the answer."""
     started = time.perf_counter()
-    samples = [sample for _, sample in batch]
     try:
-        said = asker.answer_all(task, samples)
-        marks = [task.mark(sample, answer) for sample, answer in zip(samples, said, strict=True)]
+        said = asker.answer(task, sample)
+        mark = task.mark(sample, said)
     except ImageError as error:
         if not skip_bad:
-            raise ImageError(
-                f"sample {samples[0].id}: {error}", hint="--resume --skip-bad goes on without it."
-            ) from None
-        said = [Said("", "", 0)] * len(batch)
-        marks = [Mark(None, {"unreadable": str(error)})] * len(batch)
-    seconds = (time.perf_counter() - started) / len(batch)
-    return [
-        Record(
-            index=index,
-            id=sample.id,
-            image=sample.image_name,
-            question=sample.question,
-            prompt_sha256=answer.prompt_sha256,
-            answer=answer.text,
-            expected=sample.expected,
-            score=mark.score,
-            detail=mark.detail,
-            facts=sample.facts,
-            seconds=round(seconds, 6),
-            tokens=answer.tokens,
-        )
-        for (index, sample), answer, mark in zip(batch, said, marks, strict=True)
-    ]
+            raise ImageError(f"sample {sample.id}: {error}", hint="--resume --skip-bad goes on without it.") from None
+        said, mark = Said("", "", 0), Mark(None, {"unreadable": str(error)})
+    seconds = time.perf_counter() - started
+    return Record(
+        index=index,
+        id=sample.id,
+        image=sample.image_name,
+        question=sample.question,
+        prompt_sha256=said.prompt_sha256,
+        answer=said.text,
+        expected=sample.expected,
+        score=mark.score,
+        detail=mark.detail,
+        facts=sample.facts,
+        seconds=round(seconds, 6),
+        tokens=said.tokens,
+    )
 
 
 def summary_of(settings: dict[str, Any], metrics: Metrics, headline: str, asked: int) -> dict[str, Any]:

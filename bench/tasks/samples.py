@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +125,6 @@ def shard(samples: Sequence[Sample], part: int, parts: int) -> list[tuple[int, S
     for sample in samples:
         order.setdefault(_key(sample), len(order))
     return [(i, sample) for i, sample in enumerate(samples) if order[_key(sample)] % parts == part - 1]
-
-
-def batches(samples: Iterable[tuple[int, Sample]], size: int) -> Iterator[list[tuple[int, Sample]]]:
-    """Samples that are asked together: up to ``size`` on one picture, counted from its first, so always the same."""
-    for _, group in groupby(samples, key=lambda pair: _key(pair[1])):
-        questions = list(group)
-        for start in range(0, len(questions), size):
-            yield questions[start : start + size]
 
 
 def _key(sample: Sample) -> Path | str:

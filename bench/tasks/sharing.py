@@ -1,24 +1,24 @@
-"""What it saves to read a picture once for all its questions and answer several of them at a time, in one run."""
+"""What it saves to read a picture once for all its questions, measured in one run."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from llava_edge.bench.tasks.asking import Asker, Said
 from llava_edge.bench.tasks.evaluate import Job, Progress, read_job
-from llava_edge.bench.tasks.samples import Sample, batches
+from llava_edge.bench.tasks.samples import Sample
 from llava_edge.bench.tasks.stats import bootstrap
 from llava_edge.bench.tasks.task import Task
-from llava_edge.bench.tasks.together import QUESTIONS
 
 
 def measure_sharing(job: Job, progress: Progress) -> dict[str, Any]:
-    """Ask every question twice, picture by picture in turn: once as a run does, with its picture's reading shared,
-    once one by one with everything forgotten before each question. The model is loaded once, outside the times.
+    """Ask every question twice, picture by picture in turn: once with its picture's reading shared, once with
+    everything forgotten before each question. The model is loaded once, outside the times.
     """
     task, _, plan = read_job(job)
     samples = [sample for _, sample in plan.samples]
@@ -28,8 +28,8 @@ def measure_sharing(job: Job, progress: Progress) -> dict[str, Any]:
         sharing = Asker(model, system=job.choice.system)
         alone = Asker(model, system=job.choice.system, share=False)
         alone.answer(task, samples[0])  # loads the tower
-        for batch in batches(plan.samples, len(samples)):
-            questions = [sample for _, sample in batch]
+        for _, group in groupby(samples, key=lambda sample: sample.image_name):
+            questions = list(group)
             model.forget()
             shared_seconds, shared = _timed(sharing, task, questions)
             alone_seconds, separate = _timed(alone, task, questions)
@@ -48,13 +48,10 @@ def measure_sharing(job: Job, progress: Progress) -> dict[str, Any]:
         "separate_seconds": float(times[:, 1].sum()),
         "times_faster": asdict(faster),
         "same_answers": same,
-        "asked_again": sharing.asked_again,
     }
 
 
 def _timed(asker: Asker, task: Task, questions: list[Sample]) -> tuple[float, list[Said]]:
     started = time.perf_counter()
-    said: list[Said] = []
-    for batch in batches(enumerate(questions), QUESTIONS):
-        said += asker.answer_all(task, [sample for _, sample in batch])
+    said = [asker.answer(task, sample) for sample in questions]
     return time.perf_counter() - started, said

@@ -43,8 +43,8 @@ class EngineError(LlavaEdgeError):
 class Engine:
     """A loaded GGUF language model with its KV cache.
 
-    The cache holds ``n_seq_max`` sequences, each with ``n_ctx`` places of its own: in a pool that they share
-    (``one_pool``), a sequence's answers depend on where in it the others lie. Calls that take ``seq`` work on that one.
+    The cache holds ``n_seq_max`` sequences, each with ``n_ctx`` places of its own: in a pool that they share, a
+    sequence's answers would depend on where in it the others lie. Calls that take ``seq`` work on that one.
     A call that fails or is interrupted leaves the cache as it was before; ``n_past`` is the position of sequence 0's
     next token (with M-RoPE a picture takes fewer positions than tokens). Another thread may set ``stopping`` to end
     an evaluation with an EngineError; it stays set until it is cleared.
@@ -63,9 +63,6 @@ class Engine:
         Tokens that are evaluated together. A longer run is always cut at the same places.
     n_seq_max
         Sequences that the cache holds.
-    one_pool
-        Let them share ``n_ctx`` places, so that a common beginning is there once; for questions that are asked
-        together and compared with nothing bit by bit.
     repack
         Whether llama.cpp may keep a copy of the weights in an order that its kernels read faster.
     observer
@@ -83,7 +80,6 @@ class Engine:
         n_gpu_layers: int | None = None,
         n_batch: int = 512,
         n_seq_max: int = 1,
-        one_pool: bool = False,
         repack: bool = True,
         observer: Any = None,
         every_output: bool = False,
@@ -97,7 +93,7 @@ class Engine:
         try:
             self.n_threads = n_threads or native.default_threads()
             self._load(n_gpu_layers, repack)
-            self._make_context(n_ctx, n_batch, n_seq_max, one_pool or n_seq_max == 1, observer, every_output)
+            self._make_context(n_ctx, n_batch, n_seq_max, observer, every_output)
         except BaseException:
             self.close()
             raise
@@ -231,34 +227,17 @@ class Engine:
 
     def decode_each(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
         """Evaluate one token for each of several sequences together, and return their logits ``float32 [S, V]``."""
-        return self.decode_runs({seq: (token,) for seq, token in tokens.items()})
-
-    def decode_runs(self, runs: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
-        """Evaluate a run of tokens for each of several sequences in one batch, at most ``n_batch`` in all; return the
-        logits ``float32 [S, V]`` of each run's last one.
-        """
         self._check_open()
-        sequences, parts = list(runs), [self._checked(run) for run in runs.values()]
-        lengths, ids = [len(part) for part in parts], np.concatenate(parts)
-        if len(ids) > self.n_batch:
-            raise EngineError(f"{len(ids)} tokens together; expected at most {self.n_batch}")
+        ids, sequences = self._checked(list(tokens.values())), list(tokens)
         try:
-            self._decode(self._batches.runs(ids, [self._past[seq] for seq in sequences], lengths, sequences))
+            self._decode(self._batches.one_each(ids, [self._past[seq] for seq in sequences], sequences))
         except BaseException:
             for seq in sequences:
                 self.truncate(self._past[seq], seq)
             raise
-        for seq, length in zip(sequences, lengths, strict=True):
-            self._past[seq] += length
-        return np.stack([self.logits(int(row)) for row in np.cumsum(lengths) - 1])
-
-    def copy(self, seq: int, targets: Sequence[int]) -> None:
-        """Let other sequences begin with everything that a sequence holds. In one pool this costs nothing."""
-        for target in targets:
-            self.truncate(0, target)
-            memory = self._library.llama_get_memory(self._context)
-            self.worker.run(functools.partial(self._library.llama_memory_seq_cp, memory, seq, target, -1, -1))
-            self._past[target] = self._past[seq]
+        for seq in sequences:
+            self._past[seq] += 1
+        return np.stack([self.logits(row) for row in range(len(ids))])
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
         ids = np.asarray(tokens, np.int32)
@@ -395,19 +374,17 @@ class Engine:
         self.n_ctx_train: int = library.llama_model_n_ctx_train(self._model)
         self.uses_mrope: bool = library.llama_model_rope_type(self._model) in (_MROPE, _IMROPE)
 
-    def _make_context(
-        self, n_ctx: int | None, n_batch: int, n_seq_max: int, one_pool: bool, observer: Any, every_output: bool
-    ) -> None:
+    def _make_context(self, n_ctx: int | None, n_batch: int, n_seq_max: int, observer: Any, every_output: bool) -> None:
         library = self._library
         params = library.llama_context_default_params()
         places = n_ctx or min(DEFAULT_CTX, self.n_ctx_train)
-        params.n_ctx = places if one_pool else places * n_seq_max
+        params.n_ctx = places * n_seq_max
         params.n_batch = params.n_ubatch = max(n_seq_max, min(n_batch, places))  # a batch may hold a row of each
         params.n_seq_max = n_seq_max
         # Only a sequence's last logits are ever read; the default reserves a row of the vocabulary for each token.
         params.n_outputs_max = params.n_batch if every_output else n_seq_max
         params.n_threads = params.n_threads_batch = self.n_threads
-        params.kv_unified = one_pool
+        params.kv_unified = n_seq_max == 1
         params.no_perf = True
         self._abort = library.ggml_abort_callback(lambda _data: self.stop_wanted)
         params.abort_callback = self._abort

@@ -45,13 +45,11 @@ class Batches:
         batch.embd = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         return batch
 
-    def runs(self, ids: NDArray[np.int32], starts: Sequence[int], lengths: Sequence[int], seqs: Sequence[int]) -> Any:
-        """A run of tokens for each of several sequences, laid one after the other, with logits of each run's last."""
-        places = np.concatenate([np.arange(start, start + n) for start, n in zip(starts, lengths, strict=True)])
-        owners = np.repeat(np.array(seqs), lengths)
-        pointers = (_INT32 * len(ids))(*[self._pointers[seq] for seq in owners])
-        batch = self._batch(len(ids), places.astype(np.int32), pointers, ids)
-        self._outputs[np.cumsum(lengths) - 1] = 1
+    def one_each(self, ids: NDArray[np.int32], places: Sequence[int], sequences: Sequence[int]) -> Any:
+        """One token for each of several sequences, with logits for all of them."""
+        pointers = (_INT32 * len(ids))(*[self._pointers[seq] for seq in sequences])
+        batch = self._batch(len(ids), np.array(places, np.int32), pointers, ids)
+        self._outputs[: len(ids)] = 1
         batch.token = ids.ctypes.data_as(_INT32)
         return batch
 

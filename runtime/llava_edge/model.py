@@ -59,7 +59,6 @@ def load(
     image_tokens: int | None = None,
     vision_backend: str = "auto",
     n_seq_max: int = 1,
-    one_pool: bool = False,
     verbose: bool = False,
 ) -> Model:
     """Load a model.
@@ -84,8 +83,6 @@ def load(
         passes the self-check.
     n_seq_max
         Conversations that the KV cache holds side by side, each with a context of its own; a chat uses the first.
-    one_pool
-        Let them share one context of ``n_ctx`` tokens instead; see :class:`llava_edge.engine.Engine`.
     verbose
         Log at level DEBUG what llama.cpp says (logger ``llava_edge.native``).
 
@@ -109,14 +106,7 @@ def load(
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
     _preflight(parts)
-    engine = Engine(
-        parts.llm,
-        n_ctx=n_ctx,
-        n_threads=n_threads,
-        n_gpu_layers=n_gpu_layers,
-        n_seq_max=n_seq_max,
-        one_pool=one_pool,
-    )
+    engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_seq_max=n_seq_max)
     try:
         return Model(engine, parts, started)
     except BaseException:
