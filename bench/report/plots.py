@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from llava_edge.bench.quants.recommend import pareto
 from llava_edge.bench.record import Metric, Result, Row
+from llava_edge.bench.report.table import task_names
 
 # the first of these that was measured
 _ACCURACY = {
@@ -52,14 +53,14 @@ def plots_of(result: Result) -> list[Plot]:
                 "down",
             )
         )
-    accuracy = next((name for name in _ACCURACY if name in names), None)
+    accuracy = next((name for name in (*task_names(result), *_ACCURACY) if name in names), None)
     if accuracy and "ttft_warm" in names:
         found.append(
             Plot(
                 "ttft-accuracy",
                 "Time to the first token and accuracy",
                 "TTFT warm, s",
-                _ACCURACY[accuracy],
+                _ACCURACY.get(accuracy, accuracy),
                 _ttft,
                 accuracy,
                 "up",

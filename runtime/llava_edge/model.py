@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from llava_edge.types import ImageSpec
     from llava_edge.vision import VisionEncoder
     from llava_edge.vision.anyres import Layout
+    from llava_edge.vision.mtmd import MtmdEncoder
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ def load(
     if llm or mmproj:
         parts = _raw_pair(model, llm, mmproj, vision_backend)
     else:
-        pulled = _pulled_pair(model or DEFAULT_MODEL, vision_backend)
+        pulled = _pulled_parts(model or DEFAULT_MODEL, vision_backend)
         parts = pulled or _bundle_parts(model or DEFAULT_MODEL, image_tokens, vision_backend)
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
@@ -252,6 +253,16 @@ class Model:
         spec, pad_color = self.picture_settings
         return arrange(name, images.read(source, spec, pad_color), spec)
 
+    def open_vision(self) -> str:
+        """Load the vision tower now instead of with the first picture; the name of the backend that runs it."""
+        bundle = self._parts.bundle
+        if bundle is not None:
+            self._load_encoder(bundle)
+        else:
+            self._load_raw_encoder()
+        assert self.vision_backend is not None
+        return self.vision_backend
+
     def encode(self, picture: Picture, image_tokens: int | None = None) -> EncodedImage:
         """The picture as the language model reads it. A picture is encoded once.
 
@@ -304,6 +315,12 @@ class Model:
 
     def _encode_raw(self, picture: Picture, key: str) -> EncodedImage:
         """A picture of a raw pair, with everything that libmtmd puts around it."""
+        encoded = EncodedImage(key, self._load_raw_encoder().encode_chunks(picture.image))
+        if self._template is not None:
+            self._template.marked_images = encoded.marked
+        return encoded
+
+    def _load_raw_encoder(self) -> MtmdEncoder:
         from llava_edge.vision.mtmd import MtmdEncoder
 
         if self._encoder is None:
@@ -311,10 +328,7 @@ class Model:
             self._encoder = MtmdEncoder(self._parts.mmproj, self.engine)
             self.vision_backend = "mtmd"
         assert isinstance(self._encoder, MtmdEncoder)
-        encoded = EncodedImage(key, self._encoder.encode_chunks(picture.image))
-        if self._template is not None:
-            self._template.marked_images = encoded.marked
-        return encoded
+        return self._encoder
 
     def _load_encoder(self, bundle: Bundle) -> VisionEncoder:
         if self._encoder is None:
@@ -352,8 +366,8 @@ def _require_mtmd(vision_backend: str) -> None:
         raise InputError(f"vision_backend is {vision_backend!r}; a raw pair of GGUF files runs only with mtmd")
 
 
-def _pulled_pair(model: str | os.PathLike[str], vision_backend: str) -> Parts | None:
-    """The files of a raw pair that was pulled, by its name or directory; None if it is something else."""
+def pulled_pair(model: str | os.PathLike[str]) -> store.Pulled | None:
+    """A raw pair that was pulled, by its name or directory; None if it is something else."""
     directory = Path(model)
     if (directory / store.PAIR_NAME).is_file():
         pulled: store.Pulled | None = store.open_pulled(directory)
@@ -361,6 +375,11 @@ def _pulled_pair(model: str | os.PathLike[str], vision_backend: str) -> Parts | 
         return None
     else:
         pulled = store.find(os.fspath(model))
+    return pulled if pulled is not None and pulled.pair is not None else None
+
+
+def _pulled_parts(model: str | os.PathLike[str], vision_backend: str) -> Parts | None:
+    pulled = pulled_pair(model)
     if pulled is None or pulled.pair is None:
         return None
     _require_mtmd(vision_backend)

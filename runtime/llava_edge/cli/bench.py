@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, terminal
+from llava_edge.cli.chat import vision_backend_option
+from llava_edge.cli.model_options import image_tokens_option, threads_option, together
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from llava_edge.bench.record import Result
     from llava_edge.bench.speed.measure import SpeedSettings
 
@@ -36,26 +36,18 @@ def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
-def _options(*options: Any) -> Callable[[Any], Any]:
-    def add(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_common = _options(
-    click.option("--threads", type=click.IntRange(1), help="Threads; default: one a core."),
-    click.option("--image-tokens", type=click.IntRange(1), help="Visual tokens a picture; default: the model's own."),
+_common = together(
+    threads_option,
+    image_tokens_option,
+    vision_backend_option,
     click.option("--quiet", is_flag=True, help="Show no progress."),
     debug_option,
 )
-_outputs = _options(
+_outputs = together(
     click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON, with the raw samples."),
     click.option("-o", "--output", metavar="FILE", type=PATH, help="Keep the record, for `bench compare`."),
 )
-_speed_options = _options(
+_speed_options = together(
     click.option(
         "--pp", "prompt_tokens", type=click.IntRange(1), default=512, show_default=True, help="Prompt length."
     ),
@@ -111,6 +103,7 @@ def speed(
     types: tuple[str, ...],
     mmproj_type: str,
     image_tokens: int | None,
+    vision_backend: str,
     as_json: bool,
     output: Path | None,
     quiet: bool,
@@ -138,7 +131,7 @@ def speed(
     _check_output(output)
     names = list(bundles) or ([] if shapes else ["nano"])
     asked = [(find_shape(shape), _llm_type(kind)) for shape in shapes for kind in types]
-    subjects, settings = open_subjects(names, image_tokens), _settings(**options)
+    subjects, settings = open_subjects(names, image_tokens, vision_backend), _settings(**options)
     with ExitStack() as stack:
         for shape, kind in asked:
             folder = stack.enter_context(synthetic_bundle(shape, kind, mmproj_type, _say(quiet)))
@@ -147,7 +140,7 @@ def speed(
     _show(result, as_json, output)
 
 
-_data_options = _options(
+_data_options = together(
     click.option("--data", metavar="FILE", type=PATH, help="Samples: LLaVA's JSON, captions, or a text (.txt)."),
     click.option("--images", metavar="DIR", type=PATH, help="Where its pictures are; default: beside it."),
     click.option("--split", default="dev", show_default=True, help="The part of a caption file."),
@@ -174,6 +167,7 @@ def quality(
     cache: Path | None,
     threads: int | None,
     image_tokens: int | None,
+    vision_backend: str,
     as_json: bool,
     output: Path | None,
     quiet: bool,
@@ -195,7 +189,8 @@ def quality(
     _check_output(output)
     if data is None:
         raise click.UsageError("quality needs --data: answers that are known")
-    subjects, base = open_subjects(list(bundles), image_tokens), open_subject(reference, image_tokens)
+    subjects = open_subjects(list(bundles), image_tokens, vision_backend)
+    base = open_subject(reference, image_tokens, vision_backend)
     settings = QualitySettings(threads or native.default_threads(), answer_tokens, text_chunks=limit)
     samples = read_data(data, images, split=split, limit=limit)
     result = bench_quality(subjects, base, samples, settings, cache or cache_dir() / "bench", _say(quiet))
@@ -206,7 +201,12 @@ def quality(
 @click.argument("source", type=PATH)
 @click.option("-o", "--output", required=True, metavar="DIR", type=PATH, help="Where the report goes.")
 @click.option("--types", callback=_names, help="Of the language model; default: nine from F16 to Q2_K.")
-@click.option("--mmproj-types", callback=_names, default="Q8_0", show_default=True, help="Of the vision tower.")
+@click.option("--vision", "vision_types", callback=_names, help="Of the ONNX tower: fp32, int8, or both.")
+@click.option("--mmproj-types", callback=_names, help="Of the tower that llama.cpp runs: F16, Q8_0 and others.")
+@click.option(
+    "--task", "tasks", metavar="NAME=DIR", multiple=True, help="A task of `eval` and its data, such as easy-vqa=DIR."
+)
+@click.option("--task-limit", type=click.IntRange(1), default=200, show_default=True, help="The most samples a task.")
 @_data_options
 @click.option("--memory-limit", type=click.FloatRange(0, min_open=True), default=4, show_default=True, help="In GB.")
 @click.option("--keep", is_flag=True, help="Keep the bundles that were made.")
@@ -218,7 +218,10 @@ def quants(
     source: Path,
     output: Path,
     types: tuple[str, ...],
+    vision_types: tuple[str, ...],
     mmproj_types: tuple[str, ...],
+    tasks: tuple[str, ...],
+    task_limit: int,
     data: Path | None,
     images: Path | None,
     split: str,
@@ -228,16 +231,19 @@ def quants(
     restart: bool,
     as_json: bool,
     image_tokens: int | None,
+    vision_backend: str,
     quiet: bool,
     **options: Any,
 ) -> None:
     """What each type costs: SOURCE, an F16 bundle or a checkpoint, is made in every type and measured.
 
-    Speed and memory, and with --data quality on answers given pictures. The report in --output is a table with plots
-    as Markdown, CSV, JSON and one page of HTML. A run that was stopped goes on with the same command.
+    Speed and memory, with --data quality on answers given pictures, and with --task what it scores. Every type of the
+    language model is tried with every tower; without --vision and --mmproj-types these are the ones that the bundle
+    runs with. The report in --output is a table with plots as Markdown, CSV, JSON and one page of HTML. A run that was
+    stopped goes on with the same command.
 
     \b
-    llava-edge bench quants my-F16 -o report --data captions.json --images pictures
+    llava-edge bench quants my-F16 -o report --data captions.json --images pictures --task easy-vqa=easy_vqa/data
     """
     from llava_edge.errors import require_extra
 
@@ -255,13 +261,25 @@ def quants(
         measured,
         QualitySettings(measured.threads, text_chunks=limit),
         int(memory_limit * 1e9),
+        vision_types,
     )
+    if vision_backend != "auto":
+        raise click.UsageError("--vision and --mmproj-types say what reads the pictures; leave --vision-backend away")
+    asked = [_read_task(task, images, task_limit) for task in tasks]
     samples = read_data(data, images, split=split, limit=limit) if data else None
-    if samples is None:
-        terminal.note("warning: without --data nothing tells what the types cost in quality")
+    if samples is None and not asked:
+        terminal.note("warning: without --data and --task nothing tells what the types cost in quality")
     try:
         result = bench_quants(
-            source, output, settings, samples, image_tokens=image_tokens, keep=keep, restart=restart, say=_say(quiet)
+            source,
+            output,
+            settings,
+            samples,
+            tasks=asked,
+            image_tokens=image_tokens,
+            keep=keep,
+            restart=restart,
+            say=_say(quiet),
         )
     except KeyboardInterrupt:
         terminal.note("stopped: the same command goes on from here")
@@ -291,6 +309,16 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
     for difference in compared.differences:
         terminal.note(f"warning: not the same {difference}")
     terminal.data(json.dumps(compared.to_dict()) + "\n" if as_json else comparing.markdown(compared))
+
+
+def _read_task(text: str, images: Path | None, limit: int) -> Any:
+    """A task from ``NAME=DIR``."""
+    from llava_edge.bench.quants.tasks import read_task
+
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not folder:
+        raise click.UsageError(f"--task is {text!r}; expected NAME=DIR, such as easy-vqa=easy_vqa/data")
+    return read_task(name, Path(folder), images, limit)
 
 
 def _llm_type(name: str) -> str:
