@@ -46,3 +46,7 @@ def test_the_publication_of_a_converted_bundle(tmp_path: Path) -> None:
 
 def test_a_training_checkpoint(tmp_path: Path) -> None:
     assert kill_everywhere("checkpoint", tmp_path / "root") >= 8
+
+
+def test_entries_of_the_cache_on_disk(tmp_path: Path) -> None:
+    assert kill_everywhere("cache", tmp_path / "root") >= 5

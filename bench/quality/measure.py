@@ -177,7 +177,9 @@ class Quality:
     def _load(self, subject: Subject) -> llava_edge.Model:
         self._say(f"{subject.label}: quality")
         threads = self._settings.threads
-        return llava_edge.load(subject.bundle.directory, n_threads=threads, image_tokens=subject.image_tokens)
+        return llava_edge.load(
+            subject.bundle.directory, n_threads=threads, image_tokens=subject.image_tokens, cache=False
+        )
 
     def _make_cases(self, model: llava_edge.Model) -> list[Case]:
         settings = self._settings

@@ -157,7 +157,12 @@ class _SpeedRun:
     def load(self) -> None:
         """Load repeatedly, and measure everything else with the last one."""
         directory, tokens = self._subject.bundle.directory, self._subject.image_tokens
-        options: dict[str, Any] = {"n_threads": self._settings.threads, "image_tokens": tokens, "n_ctx": self._n_ctx}
+        options: dict[str, Any] = {
+            "n_threads": self._settings.threads,
+            "image_tokens": tokens,
+            "n_ctx": self._n_ctx,
+            "cache": False,
+        }
 
         def load() -> float:
             with llava_edge.load(directory, **options) as model:

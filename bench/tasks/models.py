@@ -85,6 +85,7 @@ class ModelChoice:
                 n_threads=self.threads,
                 n_gpu_layers=self.n_gpu_layers,
                 image_tokens=self.image_tokens,
+                cache=False,
             ) as model:
                 yield model
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from llava_edge import images, store
 from llava_edge.bundle import Bundle, embedded_models, resolve_model
+from llava_edge.cache import DiskCache
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError, ModelError
 from llava_edge.generate import TokenLoop
@@ -22,6 +24,7 @@ from llava_edge.gguf_mmproj import known_defects
 from llava_edge.kv_cache import KvCache
 from llava_edge.onnx_check import check_onnx
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
+from llava_edge.remembered import Remembered
 from llava_edge.trial import require_trial
 from llava_edge.vision import EncodedImage
 from llava_edge.vision.tokens import pool, pooled_counts, pooled_grid
@@ -58,6 +61,9 @@ def load(
     image_tokens: int | None = None,
     vision_backend: str = "auto",
     n_seq_max: int = 1,
+    kv_type: str = "f16",
+    flash_attention: bool | None = None,
+    cache: bool = True,
     verbose: bool = False,
 ) -> Model:
     """Load a model.
@@ -82,6 +88,13 @@ def load(
         passes the self-check.
     n_seq_max
         Conversations that the KV cache holds side by side, each with a context of its own; a chat uses the first.
+    kv_type
+        What the KV cache holds: ``"f16"``, or ``"q8_0"`` in half the memory, which changes answers a little.
+    flash_attention
+        Whether attention is computed in one pass; None leaves it to llama.cpp.
+    cache
+        Keep embeddings of pictures and the KV cache up to a picture on disk, so that another process that asks about
+        the same picture needs neither encoding nor prefill of it. ``llava-edge cache info`` tells where and how much.
     verbose
         Log at level DEBUG what llama.cpp says (logger ``llava_edge.native``).
 
@@ -105,9 +118,17 @@ def load(
     if parts.bundle is None and image_tokens is not None:
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
     _preflight(parts)
-    engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_seq_max=n_seq_max)
+    engine = Engine(
+        parts.llm,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        n_seq_max=n_seq_max,
+        kv_type=kv_type,
+        flash_attention=flash_attention,
+    )
     try:
-        return Model(engine, parts, started)
+        return Model(engine, parts, started, DiskCache() if cache else None)
     except BaseException:
         engine.close()
         raise
@@ -123,6 +144,13 @@ class Parts:
     bundle: Bundle | None = None
     image_tokens: int | None = None
     vision_backend: str = "auto"
+    hashes: Mapping[Path, str] = field(default_factory=dict)
+
+    @property
+    def contents(self) -> dict[Path, str | None]:
+        """Every file that answers depend on, with its SHA-256 where a manifest lists it."""
+        paths = {self.llm: None, **({self.mmproj: None} if self.mmproj else {})}
+        return {**paths, **self.hashes}
 
 
 @dataclass(frozen=True)
@@ -156,7 +184,7 @@ class Model:
     All chats of a model share one KV cache: each finds its own beginning there, or evaluates it again.
     """
 
-    def __init__(self, engine: Engine, parts: Parts, started: float) -> None:
+    def __init__(self, engine: Engine, parts: Parts, started: float, disk: DiskCache | None = None) -> None:
         self.name = parts.name
         self.image_tokens = parts.image_tokens
         self.engine = engine
@@ -167,6 +195,7 @@ class Model:
         self._encoder: VisionEncoder | None = None
         self._newline: NDArray[np.float32] | None = None
         self._encoded: OrderedDict[str, EncodedImage] = OrderedDict()
+        self.remembered = Remembered(disk, engine, parts.contents) if disk is not None and disk.limit else None
         self.tokenizer = PromptTokenizer(engine)
         self._template: TemplateFormat | None = None
         self.format = self._make_format()
@@ -187,6 +216,8 @@ class Model:
 
     def close(self) -> None:
         """Free the memory; chats of this model can't be used any more."""
+        if self.remembered is not None:
+            self.remembered.close()
         if self._encoder is not None:
             self._encoder.close()
         self.engine.close()
@@ -260,11 +291,13 @@ class Model:
         key = self.encoded_key(picture, image_tokens)
         encoded = self._encoded.get(key)
         if encoded is None:
-            encoded = self._encode(picture, key, image_tokens or self.image_tokens)
+            encoded = self._find_or_encode(picture, key, image_tokens or self.image_tokens)
             self._encoded[key] = encoded
             while len(self._encoded) > 1 and sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES:
                 self._encoded.popitem(last=False)
         self._encoded.move_to_end(key)
+        if self._template is not None:
+            self._template.marked_images = encoded.marked
         return encoded
 
     def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
@@ -280,6 +313,26 @@ class Model:
         """Empty the KV cache and drop all embeddings: the next question is answered as if it were the first."""
         self.cache.clear()
         self._encoded.clear()
+
+    def _find_or_encode(self, picture: Picture, key: str, image_tokens: int | None) -> EncodedImage:
+        """From the cache on disk if it is there."""
+        if self.remembered is None:
+            return self._encode(picture, key, image_tokens)
+        spec, _ = self.picture_settings
+        about = functools.partial(self.remembered.picture_key, picture.key, spec, image_tokens)
+        found = self.remembered.picture(key, about(self._backend()))
+        if found is None:
+            found = self._encode(picture, key, image_tokens)
+            self.remembered.keep_picture(about(self._backend()), found)
+        return found
+
+    def _backend(self) -> str:
+        """The vision backend that runs, or the one that is going to be tried first."""
+        if self.vision_backend is not None or self._parts.bundle is None:
+            return self.vision_backend or "mtmd"
+        from llava_edge.vision.backends import candidates
+
+        return candidates(self._parts.bundle, self._parts.vision_backend)[0]
 
     def _encode(self, picture: Picture, key: str, image_tokens: int | None) -> EncodedImage:
         bundle = self._parts.bundle
@@ -311,10 +364,7 @@ class Model:
             self._encoder = MtmdEncoder(self._parts.mmproj, self.engine)
             self.vision_backend = "mtmd"
         assert isinstance(self._encoder, MtmdEncoder)
-        encoded = EncodedImage(key, self._encoder.encode_chunks(picture.image))
-        if self._template is not None:
-            self._template.marked_images = encoded.marked
-        return encoded
+        return EncodedImage(key, self._encoder.encode_chunks(picture.image))
 
     def _load_encoder(self, bundle: Bundle) -> VisionEncoder:
         if self._encoder is None:
@@ -364,7 +414,9 @@ def _pulled_pair(model: str | os.PathLike[str], vision_backend: str) -> Parts | 
     if pulled is None or pulled.pair is None:
         return None
     _require_mtmd(vision_backend)
-    return Parts(pulled.name, pulled.directory / pulled.pair.file("llm"), pulled.directory / pulled.pair.file("mmproj"))
+    hashes = {pulled.directory / file.path: file.sha256 for file in pulled.files}
+    llm, mmproj = (pulled.directory / pulled.pair.file(role) for role in ("llm", "mmproj"))
+    return Parts(pulled.name, llm, mmproj, hashes=hashes)
 
 
 def _preflight(parts: Parts) -> None:
@@ -400,4 +452,5 @@ def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None, visio
         trained = ", ".join(map(str, tokens.trained))
         log.warning("%s has not learnt to read %d tokens a picture, only %s", manifest.name, count, trained)
     mmproj = bundle.file("mmproj") if bundle.has("mmproj") else None
-    return Parts(manifest.name, bundle.file("llm"), mmproj, bundle, count, vision_backend)
+    hashes = {bundle.directory / file.path: file.sha256 for file in manifest.files}
+    return Parts(manifest.name, bundle.file("llm"), mmproj, bundle, count, vision_backend, hashes)

@@ -186,8 +186,11 @@ class ChatSession:
             model.answering = generation
             clock = _Clock(started)
             turn, prefill = self._prepare(text, sources, clock)
+            remember = self._remember(turn)
             for piece in generate(model.token_loop(generation, Sampler(params), max_tokens, stop), model.cache):
                 yield Chunk(piece)
+                next(remember, None)
+            next(remember, None)
             self._commit(turn, generation)
             yield Chunk("", self._reply(generation, prefill, clock))
         except (GeneratorExit, KeyboardInterrupt):
@@ -210,11 +213,26 @@ class ChatSession:
         segments = model.format.turn(len(self._turns), refs, text, self._system)
         turn = _Turn(text, tuple(segments), pictures, encoded)
         units = model.tokenizer.units(self._history(turn))
-        known = {image.key: image for past in (*self._turns, turn) for image in past.encoded}
+        known = self._known(turn)
+        if model.remembered is not None:
+            model.remembered.restore(model.cache, units, known)
         prefill = model.cache.prefill(units, known)
         clock.encode_seconds = encoded_at - began
         clock.prefill_seconds = time.perf_counter() - encoded_at
         return turn, prefill
+
+    def _known(self, turn: _Turn) -> dict[str, EncodedImage]:
+        return {image.key: image for past in (*self._turns, turn) for image in past.encoded}
+
+    def _remember(self, turn: _Turn) -> Generator[None, None, None]:
+        """When it is first asked, keep the picture's part of the KV cache for other processes.
+
+        Later turns aren't: nobody else begins with this conversation. It is asked once the first words are out.
+        """
+        if self._model.remembered is not None and not self._turns:
+            units = self._model.tokenizer.units(self._history(turn))
+            self._model.remembered.keep_prefix(self._model.cache, units, self._known(turn))
+        yield
 
     def _history(self, turn: _Turn) -> list[Segment]:
         segments: list[Segment] = []

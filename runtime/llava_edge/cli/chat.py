@@ -22,6 +22,26 @@ if TYPE_CHECKING:
 MAX_STDIN_BYTES = 16 * 1024 * 1024
 
 
+def cache_options(command: Any) -> Any:
+    """Add the options of the caches, in memory and on disk."""
+    no_cache = click.option("--no-cache", is_flag=True, help="Neither read nor write the cache on disk.")
+    kv_type = click.option(
+        "--kv-type",
+        type=click.Choice(["f16", "q8_0"]),
+        default="f16",
+        show_default=True,
+        help="What the KV cache holds; q8_0 takes half the memory and changes answers a little.",
+    )
+    flash = click.option(
+        "--flash-attention",
+        type=click.Choice(["auto", "on", "off"]),
+        default="auto",
+        show_default=True,
+        help="Attention in one pass; auto leaves it to llama.cpp.",
+    )
+    return kv_type(flash(no_cache(command)))
+
+
 vision_backend_option = click.option(
     "--vision-backend",
     metavar="NAME",
@@ -100,6 +120,7 @@ vision_backend_option = click.option(
 )
 @click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Tokens per picture.  [default: the model's]")
 @vision_backend_option
+@cache_options
 @click.option("--json", "as_json", is_flag=True, help="With -p: print one JSON object with text, usage and timings.")
 @click.option("--stats", is_flag=True, help="Show times and speeds on stderr.")
 @click.option("--quiet", is_flag=True, help="Show nothing but answers and errors.")
@@ -166,8 +187,8 @@ def check_server_choice(options: dict[str, Any], server: str | None, api_key_fil
     """Refuse options that a server has decided on already."""
     own = ("model", "llm", "mmproj", "n_ctx", "threads", "n_gpu_layers")
     given = [f"--{name.replace('_', '-')}" for name in own if options[name] is not None]
-    if options["vision_backend"] != "auto":
-        given.append("--vision-backend")
+    defaults = {"vision_backend": "auto", "kv_type": "f16", "flash_attention": "auto", "no_cache": False}
+    given += [f"--{name.replace('_', '-')}" for name, value in defaults.items() if options[name] != value]
     if server is not None and given:
         raise click.UsageError(f"--server excludes {given[0]}: the server has loaded its model already")
     if server is None and api_key_file is not None:
@@ -204,6 +225,9 @@ def load_model(options: dict[str, Any], n_seq_max: int = 1) -> Model:
         image_tokens=options["image_tokens"],
         vision_backend=options["vision_backend"],
         n_seq_max=n_seq_max,
+        kv_type=options["kv_type"],
+        flash_attention={"auto": None, "on": True, "off": False}[options["flash_attention"]],
+        cache=not options["no_cache"],
         verbose=log.isEnabledFor(logging.DEBUG),
     )
 
