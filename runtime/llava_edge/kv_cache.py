@@ -85,6 +85,14 @@ class KvCache:
                 prefill: Prefill = done.value
                 return prefill
 
+    def read_ahead(self, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:
+        """Evaluate units with which a prompt is going to begin. There are no logits afterwards."""
+        have = [entry.unit for entry in self._entries]
+        kept = self._keep(next((n for n, unit in enumerate(units) if n >= len(have) or have[n] != unit), len(units)))
+        for unit in units[kept:]:
+            for _ in self._evaluate(unit, images, last=False):
+                pass
+
     def prefill_steps(
         self, units: Sequence[Unit], images: Mapping[str, EncodedImage]
     ) -> Generator[None, None, Prefill]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    from llava_edge.ahead import Ahead
     from llava_edge.bundle import VisualTokens
     from llava_edge.chat_template import TemplateFormat
     from llava_edge.generate import Chooser, Generation
@@ -190,6 +191,7 @@ class Model:
         self.engine = engine
         self.cache = KvCache(engine)
         self.answering: Generation | None = None
+        self.ahead: Ahead | None = None
         self._parts = parts
         self.vision_backend: str | None = None
         self._encoder: VisionEncoder | None = None
@@ -216,6 +218,7 @@ class Model:
 
     def close(self) -> None:
         """Free the memory; chats of this model can't be used any more."""
+        self.stop_ahead()
         if self.remembered is not None:
             self.remembered.close()
         if self._encoder is not None:
@@ -309,8 +312,15 @@ class Model:
         default = image_tokens in (None, self.image_tokens)
         return picture.key if default else f"{picture.key}-{image_tokens}"
 
+    def stop_ahead(self) -> None:
+        """Stop what a chat reads ahead."""
+        if self.ahead is not None:
+            self.ahead.cancel()
+            self.ahead = None
+
     def forget(self) -> None:
         """Empty the KV cache and drop all embeddings: the next question is answered as if it were the first."""
+        self.stop_ahead()
         self.cache.clear()
         self._encoded.clear()
 
