@@ -38,9 +38,23 @@ def run(step: str, **asked: Any) -> dict[str, float]:
 def whole_process(
     bundle: Path, picture: Path, question: str, *, threads: int, n_ctx: int, tokens: int, cache: bool
 ) -> tuple[float, int]:
-    """Seconds of a whole ``llava-edge chat -p``, and how many tokens it wrote."""
-    options = ["--threads", threads, "--n-ctx", n_ctx, "--max-tokens", tokens, "--json", "--quiet"]
-    command = [sys.executable, "-m", "llava_edge", "chat", "--model", bundle, "--image", picture, "-p", question]
+    """Seconds of a whole ``llava-edge chat -p`` that rambles, and how many tokens it wrote."""
+    from llava_edge.bench.speed.peer import RAMBLING
+
+    options: list[object] = ["--threads", threads, "--n-ctx", n_ctx, "--max-tokens", tokens, "--json", "--quiet"]
+    command: list[object] = [
+        sys.executable,
+        "-m",
+        "llava_edge",
+        "chat",
+        "--model",
+        bundle,
+        "--image",
+        picture,
+        "-p",
+        question,
+    ]
+    options += [part for pair in RAMBLING.items() for part in pair]
     command += [*options, *([] if cache else ["--no-cache"])]
     started = time.perf_counter()
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from pathlib import Path
 from llava_edge.errors import InputError, LlavaEdgeError
 
 PATIENCE_SECONDS = 900
-_ENCODED = re.compile(r"slice encoded in (\d+) ms")
+_ENCODED = re.compile(r"(?:slice encoded|batch encoding done) in (\d+) ms")
 _DECODED = re.compile(r"image decoded \(batch \d+/\d+\) in (\d+) ms")
 _LOAD = re.compile(r"(?<!un)load time = +([\d.]+) ms")
 _PROMPT = re.compile(r"prompt eval time = +([\d.]+) ms / +(\d+) tokens")
@@ -23,26 +23,38 @@ _EVAL = re.compile(r"[^t] eval time = +([\d.]+) ms / +(\d+) runs")
 
 @dataclass(frozen=True)
 class PeerRun:
-    """One process of llama-mtmd-cli. ``read_tokens`` are those of the picture and of the text around it."""
+    """One process of llama-mtmd-cli. ``read_tokens`` are those of the picture and of the text around it.
+
+    ``ttft_seconds`` is for encoding, reading of everything, and one token.
+    """
 
     encode_seconds: float
-    prefill_seconds: float
-    token_seconds: float
+    ttft_seconds: float
     read_tokens: int
     process_seconds: float
 
-    @property
-    def ttft_seconds(self) -> float:
-        """Encoding, reading of everything, and one token."""
-        return self.encode_seconds + self.prefill_seconds + self.token_seconds
+
+# Any token after any other, so that an answer is as long as it may be.
+RAMBLING = {"--temperature": 100, "--top-k": 0, "--top-p": 1, "--min-p": 0}
 
 
 def ask(
-    program: Path, llm: Path, mmproj: Path, picture: Path, question: str, *, threads: int, n_ctx: int, tokens: int
+    program: Path,
+    files: tuple[Path, Path],
+    picture: Path,
+    question: str,
+    *,
+    threads: int,
+    n_ctx: int,
+    tokens: int,
+    rambling: bool = False,
 ) -> PeerRun:
-    """Run llama-mtmd-cli once, greedily, on the CPU, without anything of its own that we don't do."""
+    """Run llama-mtmd-cli once with a language model and a tower, on the CPU, greedily or rambling."""
+    llm, mmproj = files
     arguments = ["-m", llm, "--mmproj", mmproj, "--image", picture, "-p", question, "-n", tokens, "-t", threads]
-    options = ["-c", n_ctx, "-ngl", 0, "--temp", 0, "--jinja", "-lv", 3]
+    options = ["-c", n_ctx, "-ngl", 0, "--jinja", "-lv", 4]
+    sampling = RAMBLING if rambling else {"--temperature": 0}
+    options += [part for name, value in sampling.items() for part in (name.replace("--temperature", "--temp"), value)]
     started = time.perf_counter()
     said = _run([program, *arguments, *options])
     return parse(said, time.perf_counter() - started)
@@ -51,16 +63,19 @@ def ask(
 def parse(said: str, process_seconds: float) -> PeerRun:
     """The times in what llama-mtmd-cli logs; LlavaEdgeError if they are not there.
 
-    Its prompt evaluation counts the picture's tokens. Where it doesn't, their time is added.
+    Its prompt evaluation runs from the text before the picture to the last token read, so that reading the picture and
+    encoding it are in that time. Where they can't be, because it is too short, they are added.
     """
     encoded, prompt, evaluated = _ENCODED.findall(said), _PROMPT.search(said), _EVAL.search(said)
     if not encoded or prompt is None or evaluated is None:
         raise LlavaEdgeError(f"llama-mtmd-cli says nothing of its times: {' '.join(said.split()[-40:])}")
-    decoded = sum(map(float, _DECODED.findall(said))) / 1000
-    prefill, read = float(prompt[1]) / 1000, int(prompt[2])
-    prefill = prefill if prefill >= decoded else prefill + decoded
-    single = float(evaluated[1]) / 1000 / max(1, int(evaluated[2]))
-    return PeerRun(sum(map(float, encoded)) / 1000, prefill, single, read, process_seconds)
+    encode, decode = (sum(map(float, found)) / 1000 for found in (encoded, _DECODED.findall(said)))
+    reading, single = float(prompt[1]) / 1000, float(evaluated[1]) / 1000 / max(1, int(evaluated[2]))
+    if reading < decode:
+        reading += decode
+    if reading - decode < encode:
+        reading += encode
+    return PeerRun(encode, reading + single, int(prompt[2]), process_seconds)
 
 
 def decode_rate(program: Path, llm: Path, *, threads: int, tokens: int) -> float:

@@ -57,8 +57,9 @@ def bench_ttft(
     run = _Pairs(subject, program, bench, settings)
     watch = Watch()
     with _home():
-        say("first start")
-        run.ours("again")
+        if subject.bundle.manifest.probe is not None:
+            say("first start, which checks the vision tower")
+            run.ours("again")
         for number in range(settings.pairs):
             say(f"pair {number + 1} of {settings.pairs}")
             run.pair()
@@ -110,9 +111,8 @@ class _Pairs:
         text = found.read_tokens - settings.counts[0]
         if text != cold["text_tokens"]:
             self._note(f"the peer reads {text} tokens of text, we {cold['text_tokens']:.0f}: its format is another")
-        values = {"encode": found.encode_seconds, "ttft": found.ttft_seconds, "prefill": found.prefill_seconds}
-        for name, value in values.items():
-            self._samples[f"peer_{name}"].append(value)
+        self._samples["peer_encode"].append(found.encode_seconds)
+        self._samples["peer_ttft"].append(found.ttft_seconds)
         self._ratio("encode", cold["encode"], found.encode_seconds)
         for count in settings.counts:
             self._ratio(f"ttft_{count}", cold[f"ttft_{count}"], found.ttft_seconds)
@@ -140,15 +140,23 @@ class _Pairs:
             self._samples[name].append(times[name])
         if written < settings.answer_tokens:
             self._note(f"the answer ends after {written} tokens, and the peer writes as many")
-        theirs = self._ask_peer(written).process_seconds
+        theirs = self._ask_peer(written, rambling=True).process_seconds
         self._samples["peer_process"].append(theirs)
         for name, seconds in times.items():
             self._ratio(name, seconds, theirs)
 
-    def _ask_peer(self, tokens: int) -> peer.PeerRun:
+    def _ask_peer(self, tokens: int, *, rambling: bool = False) -> peer.PeerRun:
         bundle, settings = self._subject.bundle, self._settings
-        files = (bundle.file("llm"), bundle.file("mmproj"), settings.picture, settings.questions[0])
-        return peer.ask(self._program, *files, threads=settings.threads, n_ctx=N_CTX, tokens=tokens)
+        return peer.ask(
+            self._program,
+            (bundle.file("llm"), bundle.file("mmproj")),
+            settings.picture,
+            settings.questions[0],
+            threads=settings.threads,
+            n_ctx=N_CTX,
+            tokens=tokens,
+            rambling=rambling,
+        )
 
     def _ratio(self, name: str, ours: float, theirs: float) -> None:
         self._samples[f"ratio_{name}"].append(ours / theirs)
