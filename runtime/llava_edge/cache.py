@@ -28,7 +28,7 @@ from llava_edge.paths import cache_dir
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["embeddings", "prefixes", "hashes"]
+Kind = Literal["embeddings", "prefixes", "hashes", "facts"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Raise this when the same facts would give another result: another preprocessing, another layout of an entry.
 FORMAT = 1

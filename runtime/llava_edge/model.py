@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_edge import images, store
+from llava_edge.budget import DEFAULT_SECONDS, choose, pace_of
 from llava_edge.bundle import Bundle, embedded_models, resolve_model
 from llava_edge.cache import DiskCache
 from llava_edge.engine import Engine
@@ -27,7 +28,7 @@ from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenize
 from llava_edge.remembered import Remembered
 from llava_edge.trial import require_trial
 from llava_edge.vision import EncodedImage
-from llava_edge.vision.tokens import pool, pooled_counts, pooled_grid
+from llava_edge.vision.tokens import METHODS, pooled_counts, pooled_grid, reduce
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +60,9 @@ def load(
     n_ctx: int | None = None,
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
-    image_tokens: int | None = None,
+    image_tokens: int | Literal["auto"] | None = None,
+    ttft_budget: float | None = None,
+    image_reduction: str = "pool",
     vision_backend: str = "auto",
     n_seq_max: int = 1,
     kv_type: str = "f16",
@@ -84,6 +87,12 @@ def load(
         Layers of the language model on the GPU, -1 is all; None is all where llama.cpp was built for a GPU.
     image_tokens
         Tokens of a picture (of each tile, where pictures are tiled), for bundles; None is the manifest's default.
+        ``"auto"`` is the most that the model has learnt and this machine reads within ``ttft_budget``.
+    ttft_budget
+        Seconds until the first token of an answer about a picture, for ``"auto"``; None is 3.
+    image_reduction
+        How a picture's tokens become fewer: ``"pool"``, which models are trained for, ``"grid"``, ``"random"`` or
+        ``"diversity"``.
     vision_backend
         What runs the vision tower: ``"onnx"``, ``"mtmd"``, or ``"auto"`` for the first in the manifest's order that
         passes the self-check.
@@ -105,18 +114,25 @@ def load(
         No such model, a damaged file, or parts that don't belong together.
     """
     started = time.perf_counter()
-    counts = {"n_ctx": n_ctx, "n_threads": n_threads, "image_tokens": image_tokens, "n_seq_max": n_seq_max}
+    fixed = None if isinstance(image_tokens, str) else image_tokens
+    counts = {"n_ctx": n_ctx, "n_threads": n_threads, "image_tokens": fixed, "n_seq_max": n_seq_max}
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
+    if ttft_budget is not None and (image_tokens not in (None, "auto") or ttft_budget <= 0):
+        what = f"ttft_budget is {ttft_budget}" if ttft_budget <= 0 else f"image_tokens is {image_tokens}"
+        raise InputError(f"{what}; a budget is above 0 and chooses image_tokens itself")
+    if isinstance(image_tokens, str) and image_tokens != "auto":
+        raise InputError(f"image_tokens is {image_tokens!r}; expected a number or 'auto'")
+    auto = image_tokens == "auto" or ttft_budget is not None
     if verbose:
         logging.getLogger("llava_edge").setLevel(logging.DEBUG)
     if llm or mmproj:
         parts = _raw_pair(model, llm, mmproj, vision_backend)
     else:
         pulled = _pulled_pair(model or DEFAULT_MODEL, vision_backend)
-        parts = pulled or _bundle_parts(model or DEFAULT_MODEL, image_tokens, vision_backend)
-    if parts.bundle is None and image_tokens is not None:
+        parts = pulled or _bundle_parts(model or DEFAULT_MODEL, fixed, vision_backend)
+    if parts.bundle is None and (image_tokens is not None or auto):
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
     _preflight(parts)
     engine = Engine(
@@ -129,7 +145,10 @@ def load(
         flash_attention=flash_attention,
     )
     try:
-        return Model(engine, parts, started, DiskCache() if cache else None)
+        made = Model(engine, parts, started, DiskCache() if cache else None, image_reduction)
+        if auto:
+            made.choose_image_tokens(DEFAULT_SECONDS if ttft_budget is None else ttft_budget)
+        return made
     except BaseException:
         engine.close()
         raise
@@ -185,9 +204,14 @@ class Model:
     All chats of a model share one KV cache: each finds its own beginning there, or evaluates it again.
     """
 
-    def __init__(self, engine: Engine, parts: Parts, started: float, disk: DiskCache | None = None) -> None:
+    def __init__(
+        self, engine: Engine, parts: Parts, started: float, disk: DiskCache | None = None, reduction: str = "pool"
+    ) -> None:
         self.name = parts.name
         self.image_tokens = parts.image_tokens
+        if reduction not in METHODS:
+            raise InputError(f"image_reduction is {reduction!r}; expected one of {', '.join(METHODS)}")
+        self.image_reduction = reduction
         self.engine = engine
         self.cache = KvCache(engine)
         self.answering: Generation | None = None
@@ -303,6 +327,18 @@ class Model:
             self._template.marked_images = encoded.marked
         return encoded
 
+    def encode_anew(self, picture: Picture) -> EncodedImage:
+        """The same, by the tower, whatever is known of the picture."""
+        return self._encode(picture, picture.key, self.image_tokens)
+
+    def choose_image_tokens(self, seconds: float) -> None:
+        """Take the most tokens a picture that the model has learnt and this machine reads in time."""
+        tokens = self.visual_tokens
+        if tokens is None:
+            raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
+        self.image_tokens = choose(pace_of(self), tokens.trained, seconds)
+        self.forget()
+
     def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
         """Whether :meth:`encode` would find the embeddings in memory."""
         return self.encoded_key(picture, image_tokens) in self._encoded
@@ -330,10 +366,10 @@ class Model:
             return self._encode(picture, key, image_tokens)
         spec, _ = self.picture_settings
         about = functools.partial(self.remembered.picture_key, picture.key, spec, image_tokens)
-        found = self.remembered.picture(key, about(self._backend()))
+        found = self.remembered.picture(key, about(self._backend(), self.image_reduction))
         if found is None:
             found = self._encode(picture, key, image_tokens)
-            self.remembered.keep_picture(about(self._backend()), found)
+            self.remembered.keep_picture(about(self._backend(), self.image_reduction), found)
         return found
 
     def _backend(self) -> str:
@@ -355,9 +391,11 @@ class Model:
             raise ModelError(
                 f"the vision tower gives {len(parts[0])} tokens a picture; the manifest says {tokens.full}"
             )
-        pooled = [pool(part, tokens.grid, image_tokens) for part in parts]
+        pooled = [reduce(part, tokens.grid, image_tokens, self.image_reduction) for part in parts]
         if picture.layout is None:
             return EncodedImage.of(key, pooled[0])
+        if self.image_reduction not in ("pool", "grid"):
+            raise InputError(f"image_reduction {self.image_reduction} leaves no rows, which tiled pictures need")
         from llava_edge.vision import anyres
 
         if self._newline is None:

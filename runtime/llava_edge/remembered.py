@@ -61,6 +61,21 @@ class Remembered:
             self._writer.shutdown()
             self._writer = None
 
+    # What was measured
+
+    def fact(self, name: str) -> bytes | None:
+        """What was noted of this model on this machine with these settings."""
+        found = None if self._identities is None else self._cache.get("facts", self._fact_key(name))
+        return None if found is None else bytes(found)
+
+    def keep_fact(self, name: str, text: str) -> None:
+        """Note it."""
+        if self._identities is not None:
+            self._cache.put("facts", self._fact_key(name), [text.encode()])
+
+    def _fact_key(self, name: str) -> str:
+        return key_of(fact=name, files=self._identities, machine=self._machine, settings=dict(self._engine.settings))
+
     # Pictures
 
     def picture_key(

@@ -22,6 +22,41 @@ if TYPE_CHECKING:
 MAX_STDIN_BYTES = 16 * 1024 * 1024
 
 
+class _ImageTokens(click.ParamType[Any]):
+    name = "count"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "auto" or isinstance(value, int):
+            return value
+        if not value.isascii() or not value.isdigit() or int(value) < 1:
+            self.fail(f"{value!r} is neither a whole number from 1 on nor auto", param, ctx)
+        return int(value)
+
+
+def image_token_options(command: Any) -> Any:
+    """Add the options that decide how many tokens a picture has, and which."""
+    count = click.option(
+        "--image-tokens",
+        metavar="N|auto",
+        type=_ImageTokens(),
+        help="Tokens per picture; auto: as many as are read in time.  [default: the model's]",
+    )
+    budget = click.option(
+        "--ttft-budget",
+        metavar="S",
+        type=click.FloatRange(0, min_open=True),
+        help="Seconds until the first token, for --image-tokens auto.  [default: 3]",
+    )
+    method = click.option(
+        "--image-reduction",
+        type=click.Choice(["pool", "grid", "random", "diversity"]),
+        default="pool",
+        show_default=True,
+        help="How a picture's tokens become fewer; models are trained for pool.",
+    )
+    return count(budget(method(command)))
+
+
 def cache_options(command: Any) -> Any:
     """Add the options of the caches, in memory and on disk."""
     no_cache = click.option("--no-cache", is_flag=True, help="Neither read nor write the cache on disk.")
@@ -118,7 +153,7 @@ vision_backend_option = click.option(
     type=click.IntRange(-1),
     help="Layers on the GPU, -1 for all.  [default: all on Metal, else none]",
 )
-@click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Tokens per picture.  [default: the model's]")
+@image_token_options
 @vision_backend_option
 @cache_options
 @click.option("--json", "as_json", is_flag=True, help="With -p: print one JSON object with text, usage and timings.")
@@ -185,9 +220,12 @@ def check_model_choice(options: dict[str, Any]) -> None:
 
 def check_server_choice(options: dict[str, Any], server: str | None, api_key_file: Path | None) -> None:
     """Refuse options that a server has decided on already."""
-    own = ("model", "llm", "mmproj", "n_ctx", "threads", "n_gpu_layers")
+    own = ("model", "llm", "mmproj", "n_ctx", "threads", "n_gpu_layers", "ttft_budget")
     given = [f"--{name.replace('_', '-')}" for name in own if options[name] is not None]
     defaults = {"vision_backend": "auto", "kv_type": "f16", "flash_attention": "auto", "no_cache": False}
+    if options["image_tokens"] == "auto":
+        given.append("--image-tokens auto")
+    defaults["image_reduction"] = "pool"
     given += [f"--{name.replace('_', '-')}" for name, value in defaults.items() if options[name] != value]
     if server is not None and given:
         raise click.UsageError(f"--server excludes {given[0]}: the server has loaded its model already")
@@ -223,6 +261,8 @@ def load_model(options: dict[str, Any], n_seq_max: int = 1) -> Model:
         n_threads=options["threads"],
         n_gpu_layers=options["n_gpu_layers"],
         image_tokens=options["image_tokens"],
+        ttft_budget=options["ttft_budget"],
+        image_reduction=options["image_reduction"],
         vision_backend=options["vision_backend"],
         n_seq_max=n_seq_max,
         kv_type=options["kv_type"],

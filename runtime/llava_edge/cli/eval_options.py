@@ -29,6 +29,13 @@ def model_options(command: Any) -> Any:
             click.option("--llm", metavar="GGUF", type=PATH, help="A language model; needs --mmproj."),
             click.option("--mmproj", metavar="GGUF", type=PATH, help="Its vision tower and projector."),
             click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Visual tokens a picture."),
+            click.option(
+                "--image-reduction",
+                type=click.Choice(["pool", "grid", "random", "diversity"]),
+                default="pool",
+                show_default=True,
+                help="How a picture's tokens become fewer.",
+            ),
             click.option("--n-ctx", metavar="N", type=click.IntRange(1), help="Context in tokens."),
             click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads.  [default: the cores]"),
             click.option("--n-gpu-layers", metavar="N", type=click.IntRange(-1), help="Layers on the GPU."),
@@ -125,10 +132,9 @@ def make_choice(values: dict[str, Any]) -> Any:
             layers = tuple(int(layer) for layer in layers.split(","))
         except ValueError:
             raise click.UsageError(f"--feature-layers is {layers!r}; expected whole numbers such as 10,11") from None
-    plain = ("model", "llm", "mmproj", "image_tokens", "n_ctx", "threads", "n_gpu_layers", "system", "image_mode")
-    return ModelChoice(
-        **{name: values[name] for name in plain}, prompt_format=values["prompt_format"], feature_layers=layers
-    )
+    plain = ("model", "llm", "mmproj", "image_tokens", "image_reduction", "image_mode", "prompt_format", "system")
+    numbers = ("n_ctx", "threads", "n_gpu_layers")
+    return ModelChoice(**{name: values[name] for name in (*plain, *numbers)}, feature_layers=layers)
 
 
 def run_task(

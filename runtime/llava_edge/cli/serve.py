@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, log, terminal
-from llava_edge.cli.chat import cache_options, check_model_choice, load_model, vision_backend_option
+from llava_edge.cli.chat import (
+    cache_options,
+    check_model_choice,
+    image_token_options,
+    load_model,
+    vision_backend_option,
+)
 from llava_edge.errors import require_extra
 
 if TYPE_CHECKING:
@@ -92,7 +98,7 @@ _MEBIBYTE = 1024 * 1024
     "--threads", metavar="N", type=click.IntRange(1, 1024), help="CPU threads.  [default: the machine's cores]"
 )
 @click.option("--n-gpu-layers", metavar="N", type=click.IntRange(-1), help="Layers on the GPU, -1 for all.")
-@click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Tokens per picture.  [default: the model's]")
+@image_token_options
 @vision_backend_option
 @cache_options
 @click.option("--quiet", is_flag=True, help="Show nothing but warnings and errors.")
