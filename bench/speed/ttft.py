@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections import defaultdict
@@ -13,7 +14,7 @@ from pathlib import Path
 from llava_edge.bench import environment, statistics
 from llava_edge.bench.environment import BUSY, Watch
 from llava_edge.bench.models import Subject
-from llava_edge.bench.record import Metric, Result, with_metrics
+from llava_edge.bench.record import Metric, Result, read_result, with_metrics, write_atomically
 from llava_edge.bench.speed import first_token, peer
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.vision.tokens import pooled_counts
@@ -51,25 +52,35 @@ def default_counts(subject: Subject) -> tuple[int, ...]:
 
 
 def bench_ttft(
-    subject: Subject, program: Path, bench: Path | None, settings: TtftSettings, say: Callable[[str], None]
+    subject: Subject,
+    program: Path,
+    bench: Path | None,
+    settings: TtftSettings,
+    say: Callable[[str], None],
+    output: Path | None = None,
 ) -> Result:
-    """Measure pair by pair; every ratio is made within its pair."""
+    """Measure pair by pair; every ratio is made within its pair.
+
+    After each pair the record is written to ``output``. A record of the same model and settings that is there already
+    is gone on with, so that a long measurement can be done in portions.
+    """
     run = _Pairs(subject, program, bench, settings)
+    if output is not None and output.is_file():
+        run.go_on_with(read_result(output))
     watch = Watch()
     with _home():
         if subject.bundle.manifest.probe is not None:
             say("first start, which checks the vision tower")
             run.ours("again")
-        for number in range(settings.pairs):
-            say(f"pair {number + 1} of {settings.pairs}")
+        while run.done < settings.pairs:
+            say(f"pair {run.done + 1} of {settings.pairs}")
             run.pair()
-    notes = list(run.notes)
+            if output is not None:
+                write_atomically(output, run.result().to_json())
     others = watch.others()
     if others is not None and others > BUSY:
-        notes.append(f"other programs used {others:.0%} of the processor: repeat it on an idle machine")
-    row = with_metrics(subject.row(), run.metrics(), tuple(notes))
-    described = {**asdict(settings), "picture": settings.picture.name, "n_ctx": N_CTX}
-    return environment.result("ttft", (row,), described, warnings=tuple(notes))
+        run.note(f"other programs used {others:.0%} of the processor: repeat it on an idle machine")
+    return run.result()
 
 
 class _Pairs:
@@ -79,6 +90,27 @@ class _Pairs:
         self._program = peer.check_program(program)
         self._bench = bench
         self._samples: defaultdict[str, list[float]] = defaultdict(list)
+        self._row = subject.row()
+        described = {**asdict(settings), "picture": settings.picture.name, "n_ctx": N_CTX, "pairs": None}
+        self._described = json.loads(json.dumps(described))
+
+    @property
+    def done(self) -> int:
+        """Pairs so far."""
+        return len(self._samples["load"])
+
+    def go_on_with(self, before: Result) -> None:
+        """Take over the samples of an earlier run; InputError if it was of something else."""
+        if before.kind != "ttft" or before.settings != self._described or before.rows[0].files != self._row.files:
+            raise InputError("the record in --output is of another model or other settings", hint="Name another file.")
+        for name, metric in before.rows[0].metrics.items():
+            self._samples[name].extend(metric.samples)
+        self.notes += before.warnings
+
+    def result(self) -> Result:
+        """The record of all pairs so far."""
+        row = with_metrics(self._row, self.metrics(), tuple(self.notes))
+        return environment.result("ttft", (row,), self._described, warnings=tuple(self.notes))
 
     def ours(self, step: str) -> dict[str, float]:
         """One of our processes."""
@@ -110,7 +142,7 @@ class _Pairs:
         full = f"ttft_{settings.counts[0]}"
         text = found.read_tokens - settings.counts[0]
         if text != cold["text_tokens"]:
-            self._note(f"the peer reads {text} tokens of text, we {cold['text_tokens']:.0f}: its format is another")
+            self.note(f"the peer reads {text} tokens of text, we {cold['text_tokens']:.0f}: its format is another")
         self._samples["peer_encode"].append(found.encode_seconds)
         self._samples["peer_ttft"].append(found.ttft_seconds)
         self._ratio("encode", cold["encode"], found.encode_seconds)
@@ -139,7 +171,7 @@ class _Pairs:
             )
             self._samples[name].append(times[name])
         if written < settings.answer_tokens:
-            self._note(f"the answer ends after {written} tokens, and the peer writes as many")
+            self.note(f"the answer ends after {written} tokens, and the peer writes as many")
         theirs = self._ask_peer(written, rambling=True).process_seconds
         self._samples["peer_process"].append(theirs)
         for name, seconds in times.items():
@@ -161,7 +193,7 @@ class _Pairs:
     def _ratio(self, name: str, ours: float, theirs: float) -> None:
         self._samples[f"ratio_{name}"].append(ours / theirs)
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
 

@@ -195,7 +195,7 @@ def ttft(
     """Time to the first token about a picture, beside llama.cpp's llama-mtmd-cli: runs alternate, files are the same.
 
     The peer's time is what it says of itself: image encode, evaluation of picture and text, one token. Loading is a
-    row of its own on both sides.
+    row of its own. With -o the record is written after each pair, and the same command goes on with it.
 
     \b
     llava-edge bench ttft --peer build/bin/llama-mtmd-cli --synthetic llava-1.5-7b --image cat.jpg
@@ -234,7 +234,7 @@ def ttft(
             answer_tokens,
             processes,
         )
-        result = bench_ttft(subject, peer.absolute(), program, settings, _say(quiet))
+        result = bench_ttft(subject, peer.absolute(), program, settings, _say(quiet), output)
     _show(result, as_json, output, table.markdown)
 
 
