@@ -48,7 +48,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "nano"
-# Embeddings of pictures that no conversation holds any more are kept up to this size.
+# Embeddings of so many pictures, up to this size, are kept although no conversation holds them any more.
+ENCODED_PICTURES = 16
 ENCODED_BYTES = 256 * 1024 * 1024
 
 
@@ -320,7 +321,9 @@ class Model:
         if encoded is None:
             encoded = self._find_or_encode(picture, key, image_tokens or self.image_tokens)
             self._encoded[key] = encoded
-            while len(self._encoded) > 1 and sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES:
+            while len(self._encoded) > 1 and (
+                len(self._encoded) > ENCODED_PICTURES or sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES
+            ):
                 self._encoded.popitem(last=False)
         self._encoded.move_to_end(key)
         if self._template is not None:
