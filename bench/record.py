@@ -19,7 +19,7 @@ from llava_edge.errors import InputError
 from llava_edge.strict_json import Fields, parse_object
 
 SCHEMA = 1
-Kind = Literal["speed", "quality", "quants"]
+Kind = Literal["speed", "quality", "quants", "ttft"]
 
 
 @dataclass(frozen=True)

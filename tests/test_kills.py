@@ -56,3 +56,7 @@ def test_a_quantisation(tmp_path: Path) -> None:
 
 def test_a_training_checkpoint(tmp_path: Path) -> None:
     assert kill_everywhere("checkpoint", tmp_path / "root") >= 20
+
+
+def test_entries_of_the_cache_on_disk(tmp_path: Path) -> None:
+    assert kill_everywhere("cache", tmp_path / "root") >= 5

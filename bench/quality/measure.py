@@ -183,6 +183,7 @@ class Quality:
             "n_threads": threads,
             "n_ctx": self._n_ctx(subject),
             "image_tokens": subject.image_tokens,
+            "cache": False,
         }
         model = llava_edge.load(subject.bundle.directory, **options, vision_backend=subject.vision_backend)
         if self._data.text is None:

@@ -49,6 +49,7 @@ def measure_tasks(subject: Subject, tasks: Sequence[QuantsTask], threads: int, s
         n_threads=threads,
         image_tokens=subject.image_tokens,
         vision_backend=subject.vision_backend,
+        cache=False,
     ) as model:
         asker = Asker(model)
         for entry in tasks:

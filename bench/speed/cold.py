@@ -89,7 +89,7 @@ def main(asked: str) -> None:
 
     options = json.loads(asked)
     bundle, picture = options.pop("bundle"), options.pop("picture")
-    with llava_edge.load(bundle, **options) as model, model.chat() as chat:
+    with llava_edge.load(bundle, cache=False, **options) as model, model.chat() as chat:
         first = True
         for _ in chat.stream(QUESTION, images=[picture], max_tokens=_ANSWER_TOKENS):
             if first:

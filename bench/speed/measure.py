@@ -179,7 +179,7 @@ class _SpeedRun:
         """Load repeatedly, and measure everything else with the last one."""
         subject, directory = self._subject, self._subject.bundle.directory
         options: dict[str, Any] = {"n_threads": self._settings.threads, "n_ctx": self._n_ctx}
-        options |= {"image_tokens": subject.image_tokens, "vision_backend": subject.vision_backend}
+        options |= {"image_tokens": subject.image_tokens, "vision_backend": subject.vision_backend, "cache": False}
 
         def load() -> float:
             with llava_edge.load(directory, **options) as model:

@@ -35,6 +35,7 @@ class ModelChoice:
     llm: Path | None = None
     mmproj: Path | None = None
     image_tokens: int | None = None
+    image_reduction: str = "pool"
     n_ctx: int | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
@@ -70,6 +71,7 @@ class ModelChoice:
             "files": {file.path: file.sha256 for file in manifest.files},
             "types": {file.role: file.type for file in manifest.files},
             "image_tokens": self.image_tokens or manifest.visual_tokens.default,
+            **({} if self.image_reduction == "pool" else {"image_reduction": self.image_reduction}),
             "image_mode": manifest.image.mode,
             "prompt_format": self.prompt_format,
             "feature_layers": list(manifest.feature_layers),
@@ -101,6 +103,8 @@ class ModelChoice:
                 n_gpu_layers=self.n_gpu_layers,
                 image_tokens=self.image_tokens,
                 vision_backend=self.vision_backend,
+                image_reduction=self.image_reduction,
+                cache=False,
             ) as model:
                 yield model
 

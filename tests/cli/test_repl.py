@@ -199,7 +199,7 @@ def test_a_piped_conversation_writes_answers_to_stdout_and_the_rest_to_stderr(ru
 
 
 def test_a_second_turn_costs_its_own_tokens_only(run, cat):
-    result = run("chat", "--stats", "--image", cat, stdin=f"{ANIMAL}\nWhat colour is it?\n")
+    result = run("chat", "--no-cache", "--stats", "--image", cat, stdin=f"{ANIMAL}\nWhat colour is it?\n")
     turns = [[int(number) for number in found] for found in re.findall(r"prefill (\d+) of (\d+) tokens", result.err)]
     assert len(turns) == 2
     assert turns[0][0] == turns[0][1]

@@ -240,7 +240,37 @@ def checkpoint(root: Path) -> int:
     return _kill(root, prepare, lambda: save(2), check, lambda: check((2,)))
 
 
+def cache(root: Path) -> int:
+    """Entries of the cache on disk, one in the place of another, and one that pushes others out."""
+    from llava_edge.cache import DiskCache, key_of
+
+    disk = DiskCache(root / "computed", limit=10_000)
+    old, new = key_of(number=1), key_of(number=2)
+
+    def prepare() -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        disk.put("prefixes", old, [b"old" * 1000])
+        disk.put("embeddings", old, [b"old" * 1000])
+        os.utime(disk.root / "prefixes" / old, (1, 1))
+
+    def act() -> None:
+        disk.put("prefixes", new, [b"new" * 2000])
+        disk.put("embeddings", old, [b"old" * 1000])
+
+    def check() -> None:
+        for kind, key, good in (("prefixes", old, b"old"), ("embeddings", old, b"old"), ("prefixes", new, b"new")):
+            found = disk.get(kind, key)  # type: ignore[arg-type]
+            assert found is None or bytes(found) == good * (2000 if key == new else 1000)
+
+    def check_complete() -> None:
+        check()
+        assert disk.has("embeddings", old)
+        assert sum(found.n_bytes for found in disk.usage().values()) <= disk.limit
+
+    return kill_everywhere(root, prepare, act, check, check_complete)
+
+
 if __name__ == "__main__":
-    writers = {each.__name__: each for each in (pull, remove, publish, convert, quantize, checkpoint)}
+    writers = {each.__name__: each for each in (pull, remove, publish, convert, quantize, checkpoint, cache)}
     writer = writers[sys.argv[1]]
     sys.stdout.write(f"{writer(Path(sys.argv[2]))}\n")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llava_edge.cli import debug_option, terminal
-from llava_edge.cli.chat import vision_backend_option
-from llava_edge.cli.model_options import image_tokens_option, threads_option, together
+from llava_edge.cli.model_options import image_tokens_option, threads_option, together, vision_backend_option
 
 if TYPE_CHECKING:
     from llava_edge.bench.record import Result
@@ -29,6 +29,10 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
         return tuple(int(part) for part in value.split(","))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,512") from None
+
+
+def _numbers_or_none(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    return None if value is None else _numbers(ctx, parameter, value)
 
 
 def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -138,6 +142,93 @@ def speed(
             subjects.append(open_subject(folder, image_tokens))
         result = bench_speed(subjects, settings, _say(quiet))
     _show(result, as_json, output)
+
+
+@bench.command()
+@click.argument("bundle", required=False, metavar="[BUNDLE]")
+@click.option("--peer", required=True, metavar="PROGRAM", type=PATH, help="llama.cpp's llama-mtmd-cli.")
+@click.option("--peer-bench", metavar="PROGRAM", type=PATH, help="llama-bench; default: the one beside --peer.")
+@click.option("--synthetic", "shape", metavar="SHAPE", help="Random weights of a shape instead of BUNDLE.")
+@click.option("--type", "llm_type", default="Q4_K_M", show_default=True, help="Of a synthetic language model.")
+@click.option(
+    "--vision",
+    type=click.Choice(["int8", "fp32", "none"]),
+    default="int8",
+    show_default=True,
+    help="A synthetic tower for ONNX Runtime.",
+)
+@click.option("--image", "picture", required=True, metavar="FILE", type=PATH, help="The picture that is asked about.")
+@click.option("--question", default="Describe", show_default=True, help="The first question.")
+@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Runs of ours and of the peer.")
+@click.option("--tokens", "counts", metavar="N,N…", callback=_numbers_or_none, help="Visual tokens; default: three.")
+@click.option("--tg", "answer_tokens", type=click.IntRange(1), default=32, show_default=True, help="Answer length.")
+@click.option("--processes", is_flag=True, help="Whole processes of both too.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; default: one a core.")
+@_outputs
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@debug_option
+def ttft(
+    bundle: str | None,
+    peer: Path,
+    peer_bench: Path | None,
+    shape: str | None,
+    llm_type: str,
+    vision: str,
+    picture: Path,
+    question: str,
+    pairs: int,
+    counts: tuple[int, ...] | None,
+    answer_tokens: int,
+    processes: bool,
+    threads: int | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """Time to the first token about a picture, beside llama.cpp's llama-mtmd-cli: runs alternate, files are the same.
+
+    The peer's time is what it says of itself: image encode, evaluation of picture and text, one token. Loading is a
+    row of its own. With -o the record is written after each pair, and the same command goes on with it.
+
+    \b
+    llava-edge bench ttft --peer build/bin/llama-mtmd-cli --synthetic llava-1.5-7b --image cat.jpg
+    """
+    from contextlib import ExitStack
+
+    from llava_edge import native
+    from llava_edge.bench.models import open_subject
+    from llava_edge.bench.report import ttft as table
+    from llava_edge.bench.speed.peer import check_program
+    from llava_edge.bench.speed.shapes import find_shape
+    from llava_edge.bench.speed.synthetic import add_onnx, synthetic_bundle
+    from llava_edge.bench.speed.ttft import TtftSettings, bench_ttft, default_counts
+
+    _check_output(output)
+    if shape and bundle:
+        raise click.UsageError("BUNDLE and --synthetic exclude each other")
+    check_program(peer)
+    beside = peer.parent / "llama-bench"
+    program = check_program(peer_bench) if peer_bench else beside if beside.is_file() else None
+    with ExitStack() as stack:
+        if shape:
+            wanted = find_shape(shape)
+            folder = stack.enter_context(synthetic_bundle(wanted, _llm_type(llm_type), "F16", _say(quiet)))
+            if vision != "none":
+                add_onnx(wanted, folder, vision)
+            subject = open_subject(folder)
+        else:
+            subject = open_subject(bundle or "nano")
+        settings = TtftSettings(
+            picture.absolute(),
+            pairs,
+            threads or native.default_threads(),
+            counts or default_counts(subject),
+            (question, question[::-1]),
+            answer_tokens,
+            processes,
+        )
+        result = bench_ttft(subject, peer.absolute(), program, settings, _say(quiet), output)
+    _show(result, as_json, output, table.markdown)
 
 
 _data_options = together(
@@ -340,7 +431,7 @@ def _check_output(output: Path | None) -> None:
         raise InputError(f"can't write {output}", hint="Name a file in a directory that exists.")
 
 
-def _show(result: Result, as_json: bool, output: Path | None) -> None:
+def _show(result: Result, as_json: bool, output: Path | None, table: Callable[[Result], str] | None = None) -> None:
     from llava_edge.bench.record import write_atomically
     from llava_edge.bench.report import text
 
@@ -348,4 +439,4 @@ def _show(result: Result, as_json: bool, output: Path | None) -> None:
         write_atomically(output, result.to_json())
     for warning in result.warnings:
         terminal.note(f"warning: {warning}")
-    terminal.data(result.to_json() if as_json else text.summary(result))
+    terminal.data(result.to_json() if as_json else (table or text.summary)(result))

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, terminal
-from llava_edge.cli.model_options import how_it_runs, together, which_model
+from llava_edge.cli.model_options import (
+    how_it_runs,
+    image_reduction_option,
+    image_tokens_option,
+    together,
+    which_model,
+)
 
 if TYPE_CHECKING:
     from llava_edge.bench.tasks.evaluate import Job, Outcome
@@ -22,11 +28,12 @@ PATH = click.Path(path_type=Path)
 
 def model_options(command: Any) -> Any:
     """Which model, how it is run, and the ablations."""
-    return which_model(how_it_runs(ablations(command)))
+    return which_model(how_it_runs(image_tokens_option(ablations(command))))
 
 
 ablations = together(
     click.option("--system", metavar="TEXT", help="The system message."),
+    image_reduction_option,
     click.option(
         "--image-mode",
         type=click.Choice(["pad", "crop", "squash"]),
@@ -110,8 +117,8 @@ def make_choice(values: dict[str, Any]) -> Any:
             layers = tuple(int(layer) for layer in layers.split(","))
         except ValueError:
             raise click.UsageError(f"--feature-layers is {layers!r}; expected whole numbers such as 10,11") from None
-    plain = ("model", "llm", "mmproj", "image_tokens", "n_ctx", "threads", "n_gpu_layers", "vision_backend")
-    changes = ("system", "image_mode", "prompt_format")
+    plain = ("model", "llm", "mmproj", "image_tokens", "image_reduction", "n_ctx", "threads", "n_gpu_layers")
+    changes = ("vision_backend", "system", "image_mode", "prompt_format")
     return ModelChoice(**{name: values[name] for name in (*plain, *changes)}, feature_layers=layers)
 
 

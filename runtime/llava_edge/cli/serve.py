@@ -10,7 +10,7 @@ import click
 
 from llava_edge.cli import debug_option, log, terminal
 from llava_edge.cli.chat import check_model_choice, load_model
-from llava_edge.cli.model_options import how_it_runs, which_model
+from llava_edge.cli.model_options import cache_options, how_it_runs, image_token_choice, which_model
 from llava_edge.errors import require_extra
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ _MEBIBYTE = 1024 * 1024
     help="exact: every answer is what it would be alone. full: quicker under load.",
 )
 @how_it_runs
+@image_token_choice
+@cache_options
 @click.option("--quiet", is_flag=True, help="Show nothing but warnings and errors.")
 @debug_option
 def serve(
