@@ -131,7 +131,8 @@ int Sampler::choose(const float * logits, int n_vocab) {
     for (size_t i = 0; i < ids.size(); i++) {
         const double before = (sum + probabilities[i]) - probabilities[i];
         sum += probabilities[i];
-        if (i == 0 || (before < params_.top_p && probabilities[i] >= params_.min_p * probabilities[0])) {
+        const bool within = params_.top_p >= 1 || before < params_.top_p;  // rounded sums must not cut when it is off
+        if (i == 0 || (within && probabilities[i] >= params_.min_p * probabilities[0])) {
             kept.push_back(ids[i]);
             left.push_back(scores[i] / params_.temperature);
         }
