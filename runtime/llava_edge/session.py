@@ -84,6 +84,13 @@ class ChatSession:
         self._drop_ahead()
         self._turns = self._pending = ()
 
+    def truncate(self, n_turns: int) -> None:
+        """Forget everything after the first turns, and pictures that were added to the next question."""
+        if not 0 <= n_turns <= len(self._turns):
+            raise InputError(f"n_turns is {n_turns}; the chat has {len(self._turns)}")
+        self._stop_stream()
+        self._turns, self._pending = self._turns[:n_turns], ()
+
     def add_image(self, source: ImageSource) -> None:
         """Read a picture now; it goes with the next question. ImageError says what is wrong with it."""
         picture = self._model.open_picture(source, self._picture_count() + 1)

@@ -34,6 +34,7 @@ COMMANDS = {
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
     "datagen": ("llava_edge.cli.datagen:datagen", "Make training data from captions and boxes."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
+    "native": ("llava_edge.cli.native:native", "Say where libllava_edge finds what it is built against."),
     "bench": ("llava_edge.cli.bench:bench", "Measure speed, memory and what quantisation costs."),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -44,10 +44,10 @@ threads_option = click.option(
 vision_backend_option = click.option(
     "--vision-backend",
     metavar="NAME",
-    type=click.Choice(["auto", "onnx", "mtmd"]),
+    type=click.Choice(["auto", "onnx", "mtmd", "native"]),
     default="auto",
     show_default=True,
-    help="What reads pictures: auto, onnx or mtmd.",
+    help="What reads pictures: auto, onnx, mtmd or native (libllava_edge, if it is installed).",
 )
 how_it_runs = together(
     click.option(
