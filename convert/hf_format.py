@@ -109,7 +109,7 @@ def _describe(
     if config.model_type != "llava":
         grid = _grid(config, pictures)
     prompt, note = find_prompt(directory, options.prompt)
-    notes = (note,)
+    notes: tuple[str, ...] = (note,)
     if config.model_type == "llava_onevision":
         notes += ("pictures: one a conversation is read as in the reference, which shows several without tiles",)
     description = Description(
