@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from llava_edge.convert import cases, parity
 from llava_edge.convert.checkpoint import Checkpoint, open_checkpoint
 from llava_edge.convert.gate import Gate
 from llava_edge.convert.llm import write_llm
@@ -84,6 +85,14 @@ def vision_failures(
         gate.measure_mmproj(work / "mmproj-F16.gguf", "F16"),
         gate.measure_onnx(work / "vision-fp32.onnx", "fp32", engine, deepen),
     )
+
+
+def test_the_limits_of_floats_are_those_that_were_promised() -> None:
+    assert parity.LLM_LIMITS["F16"] == parity.LLM_LIMITS["F32"] == parity.LlmLimits(0.001, 0.99, 0.05)
+    assert parity.ONNX_LIMITS["fp32"] == parity.VisionLimits(0.9999, 0.9999)
+    assert parity.ONNX_LIMITS["int8"].cosine_mean == 0.995
+    assert parity.MMPROJ_LIMITS["F16"] == parity.VisionLimits(0.999, 0.999)
+    assert (cases.POSITIONS, len(parity.pictures(56))) == (200, 2)
 
 
 def test_whole_files_pass(gate: Gate, engine: Engine, checkpoint: Checkpoint, directory: Path, tmp_path: Path) -> None:

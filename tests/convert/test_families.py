@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+import llava_edge
 from llava_edge.bundle import open_bundle
 from llava_edge.convert import convert_checkpoint, lora
 from llava_edge.convert.checkpoint import Options, open_checkpoint
-from llava_edge.convert.parity_table import compare
+from llava_edge.convert.parity_table import QUESTION, TOKENS, compare, pictures
 from llava_edge.convert.tiny import FAMILIES, GRID, SIDE, Family, make
 from llava_edge.convert.weights import read_directory
 from llava_edge.errors import InputError
@@ -40,6 +43,22 @@ def test_a_family_passes_the_gate_and_answers_as_transformers_does(name: str, tm
     assert manifest.backends == ("onnx", "mtmd")
     assert manifest.image.mode == family.mode
     assert manifest.image.grid == (GRID if family.mode == "anyres" else ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v1.5", "v1.6-vicuna", "HF llava_onevision"])
+def test_the_command_chat_answers_as_transformers_does(name: str, tmp_path: Path) -> None:
+    """On pictures of five shapes. What :func:`compare` counts are the library's answers; the command's are the same."""
+    assert compare(name, tmp_path)["same"] == 5
+    for number, shown in enumerate(pictures()):
+        path = tmp_path / f"{number}.png"
+        shown.save(path)
+        with llava_edge.load(tmp_path / "exact", n_threads=1, n_gpu_layers=0, vision_backend="onnx") as model:
+            expected = model.chat().ask(QUESTION, [path], max_tokens=TOKENS).text
+        command = [sys.executable, "-m", "llava_edge", "chat", "--model", str(tmp_path / "exact"), "--image", str(path)]
+        options = ["-p", QUESTION, "--max-tokens", str(TOKENS), "--threads", "1", "--vision-backend", "onnx", "--json"]
+        result = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+        assert json.loads(result.stdout)["text"] == expected != ""
 
 
 @pytest.fixture(scope="module")
