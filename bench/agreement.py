@@ -60,7 +60,12 @@ def speed(bundle: str, program: str, *, threads: int, rounds: int, prompt: int, 
                 rates[name].append([float(np.mean([measure() for _ in range(2)])), theirs[name]])
     finally:
         engine.close()
-    return {name: _compared(*np.median(np.array(pairs), axis=0), pairs=pairs) for name, pairs in rates.items()}
+    found = {}
+    for name, pairs in rates.items():
+        array = np.array(pairs)
+        found[name] = _compared(*np.median(array, axis=0), pairs=pairs)
+        found[name]["ratio"] = float(np.median(array[:, 0] / array[:, 1]))  # what the machine did changes by the minute
+    return found
 
 
 def _name(test: dict[str, Any]) -> str:

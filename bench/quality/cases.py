@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from llava_edge.bench.quality.data import Data, Sample
+from llava_edge.bench.quality.store import compact
 from llava_edge.errors import InputError
 from llava_edge.prompt import Answer, ImageRef, Segment, TokenRun, Unit, UserText
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llava_edge.engine import Engine
     from llava_edge.model import Model
 
 # llama-perplexity's: the second half of each run of 512 tokens is scored
@@ -42,6 +48,19 @@ def make_cases(model: Model, data: Data, *, answer_tokens: int, chunks: int | No
     return [
         case for number, sample in enumerate(data.samples) for case in _sample(model, number, sample, answer_tokens)
     ]
+
+
+def evaluate_text(engine: Engine, case: Case) -> NDArray[np.float16]:
+    """Compact logits before each scored token of a text, evaluated in one batch as llama-perplexity does.
+
+    One by one they would differ a little, and of a 4-bit model that little is as large as what the types cost.
+    """
+    (run,) = case.units
+    assert isinstance(run, TokenRun)
+    ids = (*run.ids, *case.answer)
+    engine.truncate(0)
+    engine.decode_tokens(ids)
+    return compact(np.stack([engine.logits(row) for row in range(len(run.ids) - 1, len(ids) - 1)]))
 
 
 def _sample(model: Model, number: int, sample: Sample, answer_tokens: int) -> Iterator[Case]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,11 @@ from llava_edge.bench import environment
 from llava_edge.bench.models import Subject
 from llava_edge.bench.progress import Progress, Say
 from llava_edge.bench.quality import scores
-from llava_edge.bench.quality.cases import Case, make_cases
+from llava_edge.bench.quality.cases import CHUNK, Case, evaluate_text, make_cases
 from llava_edge.bench.quality.data import Data
 from llava_edge.bench.quality.store import EmbeddingStore, LogitStore, compact, key_of, make_folder, versions
 from llava_edge.bench.record import Metric, Result, with_metrics, write_atomically
-from llava_edge.engine import DEFAULT_CTX
+from llava_edge.engine import DEFAULT_CTX, Engine
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.generate import Generation, generate
 from llava_edge.sampling import Sampler
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
+
+_LAYOUT = 2  # of the cache: what it holds is computed in another way than by earlier versions
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ class Quality:
         files = [file.sha256 for file in reference.bundle.manifest.files]
         manifest = reference.bundle.manifest
         read = [manifest.prompt, manifest.image, manifest.feature_layers, manifest.backends, reference.vision_backend]
-        facts = [files, *read, reference.image_tokens, data.sha256, asdict(settings), *versions()]
+        facts = [_LAYOUT, files, *read, reference.image_tokens, data.sha256, asdict(settings), *versions()]
         self._folder = make_folder(cache / f"reference-{key_of(facts)}")
         self._logits = LogitStore(self._folder / "logits")
         self._cases: list[Case] = []
@@ -124,14 +127,14 @@ class Quality:
         """All figures of one bundle."""
         self._prepare()
         groups: dict[int, list[NDArray[np.float64]]] = {}
-        with self._load(subject) as model:
+        with self._load(subject) as model, self._at_once(subject) as engine:
             cases = self._make_cases(model)
             if [(c.units, c.answer) for c in cases] != [(c.units, c.answer) for c in self._cases]:
                 raise InputError(f"{subject.label} cuts the answers into other tokens than the reference")
             progress = Progress(f"{subject.label}: answers", len(cases), self._say)
             texts = []
             for number, case in enumerate(cases):
-                rows = self._evaluate(model, subject, case)
+                rows = self._evaluate(model, subject, case) if engine is None else evaluate_text(engine, case)
                 expected = self._logits.load(number, (len(case.answer), model.engine.n_vocab))
                 if expected is None:
                     raise LlavaEdgeError(
@@ -159,12 +162,15 @@ class Quality:
         if self._cases:
             return
         kept = self._folder / "answers.json"
-        with self._load(self._reference) as model:
+        reference = self._reference
+        with self._load(reference) as model, self._at_once(reference) as engine:
             self._cases = self._make_cases(model)
             missing = [n for n in range(len(self._cases)) if not self._logits.has(n)]
             progress = Progress(f"reference {self._reference.label}: answers", len(missing), self._say)
             for number in missing:
-                self._logits.save(number, self._evaluate(model, self._reference, self._cases[number]))
+                case = self._cases[number]
+                rows = self._evaluate(model, reference, case) if engine is None else evaluate_text(engine, case)
+                self._logits.save(number, rows)
                 progress.step()
             asked = [case for case in self._cases if self._answers_itself(case)]
             self._texts = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
@@ -194,6 +200,19 @@ class Quality:
         """Room for a large picture too; None is the usual context."""
         longest, needed = subject.weights["llm"].context_length, subject.picture_tokens + DEFAULT_CTX // 2
         return min(needed, longest or needed) if needed > DEFAULT_CTX else None
+
+    @contextmanager
+    def _at_once(self, subject: Subject) -> Iterator[Engine | None]:
+        """For a text: the language model alone, which gives the logits of all tokens of a batch."""
+        if self._data.text is None:
+            yield None
+            return
+        threads = self._settings.threads
+        engine = Engine(subject.bundle.file("llm"), n_ctx=CHUNK, n_batch=CHUNK, n_threads=threads, every_output=True)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
     def _make_cases(self, model: llava_edge.Model) -> list[Case]:
         settings = self._settings
