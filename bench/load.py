@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
-import http.client
 import json
-import math
 import random
 import re
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from llava_edge.bench.cancels import cancel_latencies
+from llava_edge.bench.http_client import Answer, Client, quantiles, server
 
 OPENINGS = ("Describe this picture.", "What animal is in this picture?", "What is in the background?", "What is it?")
 FOLLOW_UPS = ("What colour is it?", "Is there a person in it?", "Tell me more about it.", "Are you sure?")
@@ -43,18 +41,6 @@ class Script:
 
 
 @dataclass
-class Answer:
-    """What came back; ``gaps`` are the distances of the two likeliest tokens, where they were asked for."""
-
-    status: int
-    text: str = ""
-    tokens: int = 0
-    ttft_seconds: float | None = None
-    complete: bool = False
-    pieces: list[tuple[str, float]] = field(default_factory=list)
-
-
-@dataclass
 class Tally:
     """What happened in one run."""
 
@@ -66,77 +52,6 @@ class Tally:
     health_seconds: list[float] = field(default_factory=list)
     rss_bytes: list[tuple[float, int]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-class Client:
-    """Speaks the protocol over connections of its own."""
-
-    def __init__(self, url: str, model: str | None, max_tokens: int) -> None:
-        self._url = urlsplit(url)
-        self._model = model
-        self._max_tokens = max_tokens
-
-    def ask(self, messages: list[dict[str, Any]], *, leave_after: int | None = None, gaps: bool = False) -> Answer:
-        """One streamed answer; ``leave_after`` so many pieces the connection is closed."""
-        body: dict[str, Any] = {
-            "messages": messages,
-            "temperature": 0,
-            "max_tokens": self._max_tokens,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if self._model is not None:
-            body["model"] = self._model
-        if gaps:
-            body |= {"logprobs": True, "top_logprobs": 2}
-        started = time.perf_counter()
-        with self._connection() as connection:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-            response = connection.getresponse()
-            answer = Answer(response.status)
-            if response.status != 200:
-                response.read()
-                return answer
-            count = 0
-            for line in response:
-                data = line.strip().removeprefix(b"data: ")
-                if data == b"[DONE]":
-                    answer.complete = True
-                elif data and _take(json.loads(data), answer):
-                    answer.ttft_seconds = answer.ttft_seconds or time.perf_counter() - started
-                    count += 1
-                    if count == leave_after:
-                        return answer
-        return answer
-
-    def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body of a plain request."""
-        with self._connection() as connection:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            return response.status, response.read()
-
-    @contextlib.contextmanager
-    def _connection(self) -> Iterator[http.client.HTTPConnection]:
-        connection = http.client.HTTPConnection(self._url.hostname or "", self._url.port, timeout=300)
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-
-def _take(message: dict[str, Any], answer: Answer) -> str:
-    if message.get("usage"):
-        answer.tokens = int(message["usage"]["completion_tokens"])
-    for choice in message.get("choices", ()):
-        piece = str(choice["delta"].get("content") or "")
-        answer.text += piece
-        for token in (choice.get("logprobs") or {}).get("content") or ():
-            top = [each["logprob"] for each in token["top_logprobs"]]
-            answer.pieces.append((token["token"], top[0] - top[1] if len(top) > 1 else math.inf))
-        return piece
-    return ""
 
 
 def make_scripts(pictures: Sequence[Path], seed: int) -> list[Script]:
@@ -271,50 +186,6 @@ def summary(tally: Tally, clients: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def quantiles(values: Sequence[float]) -> dict[str, float] | None:
-    """Median, 95th and 99th percentile."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    return {f"p{share}": ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 95, 99)}
-
-
-def cancel_latencies(client: Client, script: Script, count: int) -> dict[str, float] | None:
-    """Seconds from the moment at which a client leaves until its place is free, as ``/metrics`` shows it."""
-    seen = []
-    for number in range(count):
-        client.ask(messages_of(script, []), leave_after=1 + number % 3)
-        left = time.perf_counter()
-        while b"llava_edge_running 0.0" not in client.get("/metrics")[1]:
-            pass
-        seen.append(time.perf_counter() - left)
-    return quantiles(seen)
-
-
-@contextlib.contextmanager
-def server(url: str | None, arguments: Sequence[str]) -> Iterator[tuple[str, int | None]]:
-    """Address and process of the server: a running one, or one that is started and stopped here."""
-    if url is not None:
-        yield url, None
-        return
-    command = [sys.executable, "-m", "llava_edge", "serve", "--port", "0", *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stderr is not None
-            for line in process.stderr:
-                sys.stderr.write(line)
-                if line.startswith("ready:"):
-                    break
-            found = re.search(r"http://[^\s/]+", line)
-            if found is None:
-                raise SystemExit("the server did not start")
-            threading.Thread(target=lambda: [None for _ in process.stderr or ()], daemon=True).start()
-            yield found[0], process.pid
-        finally:
-            process.terminate()
-            process.wait(60)
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
@@ -339,7 +210,7 @@ def main() -> None:
             result["runs"].append(summary(tallies[-1], clients, chosen.seconds))
             sys.stderr.write(json.dumps(result["runs"][-1]) + "\n")
         if chosen.cancels:
-            result["cancel_seconds"] = cancel_latencies(client, scripts[0], chosen.cancels)
+            result["cancels"] = cancel_latencies(client, chosen.cancels, chosen.seed)
     with server(chosen.url, [*rest, "--parallel", "1"]) as (url, _):
         client = Client(url, chosen.ask_for, chosen.max_tokens)
         for run, tally in zip(result["runs"], tallies, strict=True):

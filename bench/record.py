@@ -19,7 +19,7 @@ from llava_edge.errors import InputError
 from llava_edge.strict_json import Fields, parse_object
 
 SCHEMA = 1
-Kind = Literal["speed", "quality", "quants"]
+Kind = Literal["speed", "quality", "quants", "ttft"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Row:
-    """A model and what was measured of it. ``label`` is its name in tables, ``notes`` what a reader must know."""
+    """A model and what was measured of it. ``label`` is its name in tables, ``notes`` what a reader must know,
+    ``vision_backend`` what read the pictures.
+    """
 
     label: str
     name: str
@@ -63,6 +65,7 @@ class Row:
     files: tuple[ModelFile, ...]
     metrics: dict[str, Metric]
     notes: tuple[str, ...] = ()
+    vision_backend: str = ""
 
     @property
     def bytes(self) -> int:
@@ -198,6 +201,7 @@ def _row(f: Fields) -> Row:
         files=tuple(entry.build(_file) for entry in f.objects("files")),
         metrics=_metrics(f.object("metrics")),
         notes=f.texts("notes"),
+        vision_backend=f.text("vision_backend"),
     )
 
 

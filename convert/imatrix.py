@@ -111,7 +111,7 @@ def make_imatrix(
     samples = read_samples(data, images)[:limit]
     collector, counts = Collector(), {"text": 0, "image": 0, "answer": 0}
     skipped, last = 0, start
-    with llava_edge.load(bundle, n_ctx=64, n_gpu_layers=0) as model:
+    with llava_edge.load(bundle, n_ctx=64, n_gpu_layers=0, cache=False) as model:
         prompt = _bundle_prompt(model)
         with Observer(collector.wants, collector.see) as observer:
             engine = Engine(

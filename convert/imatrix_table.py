@@ -38,7 +38,7 @@ last columns are differences of the pictures' means with their standard error; b
 def held_out_cases(bundle: Path, samples: Sequence[imatrix.Sample]) -> tuple[Path, list[Case]]:
     """The language model's file, and its own distributions along the answer to each sample's first question."""
     cases = []
-    with llava_edge.load(bundle, n_gpu_layers=0) as model:
+    with llava_edge.load(bundle, n_gpu_layers=0, cache=False) as model:
         if model.bundle is None:
             raise InputError("this needs a bundle")
         tokenizer, prompt = PromptTokenizer(model.engine), model.bundle.manifest.prompt

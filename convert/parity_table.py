@@ -128,7 +128,7 @@ def same_answer(found: Sequence[int], expected: Sequence[int], logits: Sequence[
 def chat_answers(bundle: Path, backend: str, shown: Sequence[Image.Image]) -> list[list[int]]:
     """Token ids of the answers that ``llava-edge chat`` gives, the one that ended them left out."""
     answers = []
-    with llava_edge.load(bundle, n_threads=1, n_gpu_layers=0, vision_backend=backend) as model:
+    with llava_edge.load(bundle, n_threads=1, n_gpu_layers=0, vision_backend=backend, cache=False) as model:
         for picture in shown:
             with model.chat() as chat:
                 answers.append(list(chat.ask(QUESTION, [picture], max_tokens=TOKENS).token_ids))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -28,12 +31,30 @@ def check_output(output: Path, force: bool) -> None:
 
 @contextmanager
 def working_directory(output: Path) -> Iterator[Path]:
-    """A directory on the output's file system that is gone afterwards, unless :func:`publish` renamed it."""
+    """A directory on the output's file system that is gone afterwards, unless :func:`publish` renamed it.
+
+    What runs that were killed left of theirs is removed; a directory that is still being written to is locked.
+    """
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    with _locked(work):
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold a directory; OSError where another process does."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield work
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.close(descriptor)
 
 
 def publish(work: Path, output: Path) -> None:

@@ -169,7 +169,7 @@ class Quantization:
         from llava_edge.convert import cases, parity
         from llava_edge.engine import Engine
 
-        with llava_edge.load(self._bundle.directory, n_gpu_layers=0) as model:
+        with llava_edge.load(self._bundle.directory, n_gpu_layers=0, cache=False) as model:
             size = self._bundle.manifest.image.size
             shown = [model.encode(model.open_picture(image)) for image in parity.pictures(size)]
             rows = [image.chunks[0].embeddings for image in shown]

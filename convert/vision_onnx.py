@@ -9,21 +9,20 @@ Shapes: B pictures, T tokens of the tower, W its width, H heads, P patches, D wi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from llava_edge.convert.memory import release
-from llava_edge.convert.projector import projector_layers
+from llava_edge.convert.projector import Projector, projector_layers
 from llava_edge.convert.tower import Lazy, Tower, tower_tensors
 from llava_edge.errors import ModelError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from llava_edge.convert.checkpoint import Checkpoint
     from llava_edge.convert.weights import Weights
 
 OPSET = 20  # has LayerNormalization and Gelu
@@ -69,7 +68,18 @@ class _Graph:
 PARTS = ("weight", "bias")
 
 
-def write_onnx(checkpoint: Checkpoint, weights: Weights, path: Path, *, hidden: bool = False) -> None:
+class Described(Protocol):
+    """What has to be known of a checkpoint to write its tower."""
+
+    @property
+    def tower(self) -> Tower: ...
+    @property
+    def projector(self) -> Projector: ...
+    @property
+    def feature_layers(self) -> tuple[int, ...]: ...
+
+
+def write_onnx(checkpoint: Described, weights: Weights, path: Path, *, hidden: bool = False) -> None:
     """Write the float32 model: ``pixels [B, 3, S, S]`` to ``embeddings [B, P, D]``, the class token's row left out.
 
     ``hidden`` adds an output ``hidden.N`` for the tower's hidden states, to find where a file goes wrong.
@@ -207,7 +217,7 @@ def _activate(graph: _Graph, tower: Tower, inputs: str) -> str:
     return graph.node("Gelu", inputs, approximate="tanh" if tower.activation == "gelu_tanh" else "none")
 
 
-def _save(graph: _Graph, checkpoint: Checkpoint, extra: list[str], path: Path) -> None:
+def _save(graph: _Graph, checkpoint: Described, extra: list[str], path: Path) -> None:
     tower = checkpoint.tower
     side, tokens = tower.image_size, tower.patches + tower.class_token
     inputs = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", 3, side, side])

@@ -239,10 +239,11 @@ def write_bundle(directory: Path, llm: Path, mmproj: Path, **changes: Any) -> Pa
 
 @pytest.fixture(scope="session", autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Caches of the tests are not the person's."""
+    """Caches of the tests are not the person's, and what one test has computed is no other's."""
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAVA_EDGE_HOME", str(home))
+        patch.setenv("LLAVA_EDGE_CACHE_MB", "0")
         yield home
 
 

@@ -44,5 +44,19 @@ def test_the_publication_of_a_converted_bundle(tmp_path: Path) -> None:
     assert kill_everywhere("publish", tmp_path / "root") >= 8
 
 
+@pytest.mark.slow
+def test_a_conversion(tmp_path: Path) -> None:
+    assert kill_everywhere("convert", tmp_path) >= 20
+
+
+@pytest.mark.slow
+def test_a_quantisation(tmp_path: Path) -> None:
+    assert kill_everywhere("quantize", tmp_path) >= 15
+
+
 def test_a_training_checkpoint(tmp_path: Path) -> None:
-    assert kill_everywhere("checkpoint", tmp_path / "root") >= 8
+    assert kill_everywhere("checkpoint", tmp_path / "root") >= 20
+
+
+def test_entries_of_the_cache_on_disk(tmp_path: Path) -> None:
+    assert kill_everywhere("cache", tmp_path / "root") >= 5

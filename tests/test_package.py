@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from importlib import metadata, resources
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import llava_edge
 
@@ -69,3 +73,23 @@ def test_the_other_parts_know_the_runtime_and_not_each_other(part):
     others = [p for p in PARTS if p != part and (part, p) != ("bench", "convert")]
     for path in modules(PACKAGE / part):
         assert not [n for n in imported_names(path) if n.startswith(tuple(f"llava_edge.{p}" for p in others))], path
+
+
+@pytest.mark.parametrize("lock", ["test", "runtime"])
+def test_the_lock_has_a_hashed_version_that_fits_every_requirement(lock):
+    """Not those of the test's environment: they may be newer, and are what a person gets who installs today."""
+    root = Path(__file__).resolve().parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = list(project["dependencies"])
+    for extra in extras if lock == "test" else ("heic", "serve"):
+        wanted += [text for text in extras[extra] if not text.startswith("llava-edge")]
+    locked: dict[str, set[str]] = {}
+    text = (root / ".ci" / "lock" / f"{lock}.txt").read_text(encoding="utf-8")
+    for found in re.finditer(r"^([a-z0-9][\w.-]*)==(\S+)(.*(?:\n    .*)*)", text, re.MULTILINE):
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", found[3]), found[1]
+        locked.setdefault(found[1], set()).add(found[2])
+    for text in wanted:
+        requirement = Requirement(text)
+        versions = locked[canonicalize_name(requirement.name)]
+        assert all(requirement.specifier.contains(version) for version in versions), (text, versions)

@@ -162,7 +162,7 @@ class _Timed(Trainer):  # type: ignore[misc]
         return super().training_step(*arguments, **options)
 
 
-def measure_trainer(run: Run, size: Size, steps: int, precision: str) -> dict[str, float]:
+def measure_trainer(run: Run, size: Size, steps: int) -> dict[str, float]:
     """Train the same documents, padded, with transformers' Trainer."""
     rows = [document for step in range(steps) for document in run.mixture.documents(step)[0]]
     pictures = {picture: run.pictures.load(picture) for row in rows for picture in row.pictures}
@@ -183,7 +183,7 @@ def measure_trainer(run: Run, size: Size, steps: int, precision: str) -> dict[st
     arguments = TrainingArguments(
         output_dir=str(run.directory / "trainer"), max_steps=steps, per_device_train_batch_size=size.trainer_batch,
         gradient_accumulation_steps=passes, learning_rate=1e-5, lr_scheduler_type="cosine", save_strategy="no",
-        report_to=[], use_cpu=not torch.cuda.is_available(), bf16=precision == "bf16", disable_tqdm=True,
+        report_to=[], use_cpu=not torch.cuda.is_available(), bf16=run.engine.trainee.bf16, disable_tqdm=True,
         remove_unused_columns=False, logging_strategy="no", optim="adamw_torch_fused",
     )  # fmt: skip
     trainer = _Timed(model=model, args=arguments, train_dataset=rows, data_collator=pad)
@@ -210,7 +210,7 @@ def measure_trainer(run: Run, size: Size, steps: int, precision: str) -> dict[st
 @click.command()
 @click.option("--size", "name", type=click.Choice(list(SIZES)), default="cpu", show_default=True)
 @click.option("--steps", type=click.IntRange(4), default=12, show_default=True)
-@click.option("--precision", type=click.Choice(["bf16", "float32"]), default="bf16", show_default=True)
+@click.option("--precision", type=click.Choice(["auto", "bf16", "float32"]), default="auto", show_default=True)
 @click.option("--seed", default=1, show_default=True)
 @click.option("--loop-only", is_flag=True, help="Leave the Trainer out.")
 @click.option("--profile", type=click.Path(path_type=Path), help="Write where the loop's time goes, as a table.")
@@ -223,7 +223,8 @@ def main(name: str, steps: int, precision: str, seed: int, loop_only: bool, prof
         write_parts(root, size, steps, seed)
         (root / "recipe.toml").write_text(recipe_text(root, size, steps, precision))
         run = Run(load_recipe(root / "recipe.toml"))
-        result: dict[str, Any] = {"size": name, "steps": steps, "precision": precision, "seed": seed}
+        result: dict[str, Any] = {"size": name, "steps": steps, "seed": seed}
+        result["precision"] = "bf16" if run.engine.trainee.bf16 else "float32"
         result["parameters"] = sum(p.numel() for p in run.engine.trainee.parameters())
         if profile is None:
             result["loop"] = measure_loop(run)
@@ -232,7 +233,7 @@ def main(name: str, steps: int, precision: str, seed: int, loop_only: bool, prof
                 result["loop"] = measure_loop(run)
             profile.write_text(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
         if not loop_only:
-            result["trainer"] = measure_trainer(run, size, steps, precision)
+            result["trainer"] = measure_trainer(run, size, steps)
             result["ratio"] = result["loop"]["tokens_per_second"] / result["trainer"]["tokens_per_second"]
     click.echo(json.dumps(result))
 

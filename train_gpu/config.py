@@ -61,14 +61,15 @@ class DataConfig:
     """Which samples, and how they become tokens.
 
     ``sources`` are sets of samples by name. Instead, ``samples`` names one JSON file that holds LLaVA samples by
-    source, with ``weights`` by the same names and ``features``, the cached features of all their pictures by name;
-    the projector is then trained on standardised features. ``branches`` is the most samples of one picture that
-    share a reading of it. ``image_tokens`` and ``image_token_weights`` are the counts that the grid of visual
-    tokens is pooled to, one drawn a step (arXiv 2405.17430); empty is the whole grid. ``packing`` lays samples one
-    after the other up to ``max_length``, each attending to itself only. ``image_position`` "random" puts the picture
-    before or after the first question. ``image_mode`` overrides how pictures are fitted to the tower's square.
-    ``cache_features`` is a folder of features keyed by content, for a frozen tower. ``skip_bad`` counts samples that
-    can't be read, where an error would stop the run. ``workers`` is the number of threads that prepare steps ahead.
+    source, with ``weights`` by the same names and ``features``, the cached features of all their pictures by name; the
+    projector is then trained on standardised features. ``branches`` is the most samples of one picture that share a
+    reading of it. ``image_tokens`` and ``image_token_weights`` are the counts that the grid of visual tokens is pooled
+    to, one drawn a step (arXiv 2405.17430); empty is the whole grid. ``packing`` lays samples one after the other up to
+    ``max_length``, each attending to itself only. ``image_position`` "random" puts the picture before or after the
+    first question. ``image_mode`` overrides how pictures are fitted to the tower's square. ``cache_features`` is a
+    folder of features keyed by content; where the tower's last blocks are trained, of what enters them. ``skip_bad``
+    counts samples that can't be read, where an error would stop the run. ``workers`` is the number of threads that
+    prepare steps ahead.
     """
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
@@ -161,13 +162,14 @@ class OptimConfig:
 class ScaleConfig:
     """How the machine is used.
 
-    ``precision`` "bf16" keeps what is trained in float32 and computes in bfloat16. ``sharding`` "fsdp2" divides
-    weights and optimiser over the processes. ``attention`` is the name of transformers' implementation; "auto" is
-    "eager" on a CPU and "sdpa" on a GPU, and "flash_attention_2" needs packing with one row a pass and no branches.
-    ``peak_tflops`` of one device is needed for the MFU where the device isn't known.
+    ``precision`` "bf16" keeps what is trained in float32 and computes in bfloat16; "auto" is "bf16" where the device
+    computes in it, and "float32" elsewhere (a CPU without such instructions takes many times as long in bfloat16).
+    ``sharding`` "fsdp2" divides weights and optimiser over the processes. ``attention`` is the name of transformers'
+    implementation; "auto" is "eager" on a CPU and "sdpa" on a GPU, and "flash_attention_2" needs packing with one row a
+    pass and no branches. ``peak_tflops`` of one device is needed for the MFU where the device isn't known.
     """
 
-    precision: Literal["bf16", "float32"] = "bf16"
+    precision: Literal["auto", "bf16", "float32"] = "auto"
     gradient_checkpointing: bool = False
     sharding: Literal["none", "fsdp2"] = "none"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -216,8 +218,6 @@ class Recipe:
             raise InputError("stage align trains the projector only; set lora.rank and model.tower_blocks to 0")
         if (self.init is None) == (not self.model.llm):
             raise InputError("a recipe needs either init, a LLaVA checkpoint, or model.llm and model.vision_tower")
-        if self.model.tower_blocks and (self.data.features or self.data.cache_features):
-            raise InputError("model.tower_blocks trains the tower; cached features are of a frozen one")
         if self.scale.attention == "flash_attention_2" and (
             self.data.branches > 1 or not self.data.packing or self.optim.micro_batch_rows != 1
         ):

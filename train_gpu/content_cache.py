@@ -3,7 +3,8 @@
 A cache lives in a folder named by the hash of the tower's weights, its configuration and the preprocessing, so that
 features of another tower are never taken. Inside, rows are found by the SHA-256 of the picture's file.
 
-Shapes: P patches, D width of the concatenated feature layers.
+Shapes: P patches, D width of the concatenated feature layers; where the tower's last blocks are trained, the positions
+and the width of the hidden states that enter them.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def tower_key(tower: torch.nn.Module, config: Any, spec: ImageSpec, precision: str) -> str:
-    """A hash of all that a picture's features depend on beside the picture."""
+def tower_key(tower: torch.nn.Module, config: Any, spec: ImageSpec, bf16: bool, blocks: int = 0) -> str:
+    """A hash of all that a picture's row depends on beside the picture; ``blocks`` is how many are left to be run."""
     digest = hashlib.sha256()
     described = {
-        "precision": precision,
+        "bf16": bf16,
+        "blocks": blocks,
         "layers": config.vision_feature_layer,
         "select": config.vision_feature_select_strategy,
         "class_token": getattr(config, "vision_class_token", True),

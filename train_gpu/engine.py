@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llava_edge.errors import InputError
 from llava_edge.train_gpu import checkpoint
+from llava_edge.train_gpu.precision import uses_bfloat16
 
 if TYPE_CHECKING:
     from llava_edge.train_gpu.config import ScaleConfig
@@ -136,8 +137,8 @@ class Engine:
 
 
 def _fsdp_plugin(trainee: Trainee, scale: ScaleConfig) -> FullyShardedDataParallelPlugin:
-    half = scale.precision == "bf16"
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if half else None
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if uses_bfloat16(scale) else None
     blocks = {type(m[0]).__name__ for m in trainee.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,

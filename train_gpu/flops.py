@@ -46,8 +46,8 @@ class FlopCounter:
         total: float = batch.real_tokens * (4 * self.llm + 2 * self.llm_trained)
         total += batch.n_labels * self.head * (6 if self.head_trained else 4)
         total += batch.n_pictures * self.patches * 6 * self.projector
-        if not batch.are_features:
-            total += batch.n_pictures * self.patches * (2 * self.tower + 4 * self.tower_trained)
+        tower = self.tower_trained if batch.are_features else self.tower
+        total += batch.n_pictures * self.patches * (2 * tower + 4 * self.tower_trained)
         # Scores and values: 4 operations a pair and width forward, 8 backward.
         return total + 12.0 * self.text_layers * self.text_width * _attended_pairs(batch)
 

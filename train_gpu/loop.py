@@ -22,13 +22,14 @@ from llava_edge.train_gpu.answers import DevSet
 from llava_edge.train_gpu.content_cache import ContentCache, tower_key
 from llava_edge.train_gpu.data import Mixture, Step, ahead
 from llava_edge.train_gpu.engine import Engine
-from llava_edge.train_gpu.features import FeatureCache, feature_layers, tower_features
+from llava_edge.train_gpu.features import FeatureCache, cached_shape, frozen_features
 from llava_edge.train_gpu.flops import FlopCounter
 from llava_edge.train_gpu.journal import Journal, LossGuard
 from llava_edge.train_gpu.meter import Meter
 from llava_edge.train_gpu.model import Trainee, merge_into
 from llava_edge.train_gpu.optim import learning_rate_factor, make_optimizer, warmup_share
 from llava_edge.train_gpu.pictures import CachedPictures, Pictures, PixelPictures
+from llava_edge.train_gpu.precision import uses_bfloat16
 from llava_edge.train_gpu.prompts import Renderer
 from llava_edge.train_gpu.samples import Sample, Skipped, read_source, read_sources
 
@@ -93,11 +94,18 @@ class Run:
         self.skipped = Skipped(recipe.data.skip_bad)
         sources = read_sources(recipe.data, self.skipped)
         renderer = Renderer(self.tokenizer, recipe.data.format, model.config.image_token_id)
-        self.pictures = self._pictures(model)
-        trainee = Trainee(model, recipe, live_tower=not self.pictures.are_features)
-        if recipe.data.features:  # features of one cache, whose statistics are at hand
-            mean, std = FeatureCache(Path(recipe.data.features)).statistics()
-            trainee.standardise(torch.from_numpy(mean), torch.from_numpy(std))
+        named = FeatureCache(Path(recipe.data.features)) if recipe.data.features else None
+        self.pictures = self._pictures(model, named)
+        blocks = named.blocks if named else recipe.model.tower_blocks
+        if named and recipe.model.tower_blocks > blocks:
+            raise InputError(
+                f"model.tower_blocks is {recipe.model.tower_blocks}, but the features in {recipe.data.features} "
+                f"leave {blocks} blocks of the tower to be run"
+            )
+        statistics = named.statistics(model.model.vision_tower, model.config) if named else None
+        trainee = Trainee(model, recipe, live_tower=not self.pictures.are_features, blocks=blocks)
+        if statistics:  # features of one cache, whose statistics are at hand
+            trainee.standardise(*statistics)
         self.flops = FlopCounter(trainee)
         del model
         self.engine = Engine(trainee, make_optimizer(trainee, recipe.optim), recipe.scale)
@@ -119,18 +127,17 @@ class Run:
                 provenance.warn_of_changes(self.directory, recipe)
             provenance.write(self.directory, recipe, self.engine.world)
 
-    def _pictures(self, model: LlavaForConditionalGeneration) -> Pictures:
+    def _pictures(self, model: LlavaForConditionalGeneration, named: FeatureCache | None) -> Pictures:
         data = self.recipe.data
-        if data.features:
-            return CachedPictures(FeatureCache(Path(data.features)))
+        if named:
+            return CachedPictures(named)
         if not data.cache_features:
             return PixelPictures(self.spec)
         config = model.config
         self._tower = model.model.vision_tower
-        patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-        width = config.vision_config.hidden_size * len(feature_layers(config))
-        key = tower_key(self._tower, config, self.spec, self.recipe.scale.precision)
-        return CachedPictures(ContentCache(Path(data.cache_features) / key, (patches, width)))
+        blocks = self.recipe.model.tower_blocks
+        key = tower_key(self._tower, config, self.spec, uses_bfloat16(self.recipe.scale), blocks)
+        return CachedPictures(ContentCache(Path(data.cache_features) / key, cached_shape(config, blocks)))
 
     def _fill_cache(self, more: list[Sample]) -> None:
         """Encode the pictures that a content cache lacks, on the main process."""
@@ -143,7 +150,7 @@ class Run:
 
         @torch.inference_mode()
         def encode(pixels: torch.Tensor) -> torch.Tensor:
-            return tower_features(tower, config, pixels.to(device, dtype))
+            return frozen_features(tower, config, pixels.to(device, dtype), self.recipe.model.tower_blocks)
 
         if self.engine.main:
             every = (picture for sample in (*self.mixture.samples, *more) for picture in sample.pictures)
@@ -243,7 +250,12 @@ class Run:
             weights = self.engine.whole_weights()
             if self.engine.main:
                 shift, scale = trainee.feature_shift.cpu(), trainee.feature_scale.cpu()
-                trainee = Trainee(build.load_model(self.init), self.recipe, live_tower=trainee.tower is not None)
+                trainee = Trainee(
+                    build.load_model(self.init),
+                    self.recipe,
+                    live_tower=trainee.tower is not None,
+                    blocks=trainee.blocks,
+                )
                 trainee.load_state_dict(weights, strict=False)
                 trainee.feature_shift.copy_(shift)
                 trainee.feature_scale.copy_(scale)

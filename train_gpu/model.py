@@ -5,7 +5,7 @@ Shapes: B rows, S positions, N pictures, P patches, F width of the features, D w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from llava_edge.errors import InputError
-from llava_edge.train_gpu.features import feature_layers, tower_features
+from llava_edge.train_gpu.features import through_blocks, tower_features, used_blocks
+from llava_edge.train_gpu.precision import uses_bfloat16
 from llava_edge.train_gpu.prompts import IGNORE
 
 if TYPE_CHECKING:
@@ -70,19 +71,25 @@ class Trainee(nn.Module):
     recipe
         Its stage, adapters, tower blocks and precision.
     live_tower
-        Whether pictures come as pixels; otherwise the tower isn't kept.
+        Whether pictures come as pixels.
+    blocks
+        How many of the tower's last blocks cached features still have to pass. Without them and without pixels the
+        tower isn't kept.
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration, recipe: Recipe, *, live_tower: bool) -> None:
+    def __init__(
+        self, model: LlavaForConditionalGeneration, recipe: Recipe, *, live_tower: bool, blocks: int = 0
+    ) -> None:
         super().__init__()
+        self.blocks = blocks
         self.config = model.config
         self.image_token: int = model.config.image_token_id
-        self.bf16 = recipe.scale.precision == "bf16"
+        self.bf16 = uses_bfloat16(recipe.scale)
         self.attention = attention_of(recipe.scale)
         model.model.language_model.set_attn_implementation(self.attention)
         model.requires_grad_(False).to(torch.bfloat16 if self.bf16 else torch.float32)
         self.projector = model.model.multi_modal_projector
-        self.tower: nn.Module | None = model.model.vision_tower if live_tower else None
+        self.tower: nn.Module | None = model.model.vision_tower if live_tower or blocks else None
         self.llm: nn.Module = model.model.language_model
         self.embed = self.llm.get_input_embeddings()
         self.head = model.lm_head
@@ -145,12 +152,15 @@ class Trainee(nn.Module):
         return pool_tokens(self.projector(standard), tokens)
 
     def _features(self, batch: Batch) -> torch.Tensor:
-        if batch.are_features:
+        if batch.are_features and not self.blocks:
             return batch.pictures
         if self.tower is None:
             raise InputError("the batch has pixels, and the vision tower was left out")
+        pictures = batch.pictures.to(next(self.tower.parameters()).dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())):
-            return tower_features(self.tower, self.config, batch.pictures.to(next(self.tower.parameters()).dtype))
+            if batch.are_features:
+                return through_blocks(self.tower, self.config, pictures, self.blocks)
+            return tower_features(self.tower, self.config, pictures)
 
     def forward(self, batch: Batch, *, predict: bool = False) -> torch.Tensor:
         """Sum of the cross-entropies of all labels; with ``predict`` the logits behind the last token, ``[B, V]``."""
@@ -199,15 +209,6 @@ def attention_of(scale: ScaleConfig) -> str:
     if scale.attention != "auto":
         return scale.attention
     return "sdpa" if torch.cuda.is_available() else "eager"
-
-
-def used_blocks(tower: nn.Module, config: Any) -> list[nn.Module]:
-    """The blocks of a vision tower that the features pass through, in order."""
-    depth = config.vision_config.num_hidden_layers
-    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise InputError(f"the tower {type(tower).__name__} has no list of {depth} blocks to train")
-    return list(lists[0])[: max(feature_layers(config))]
 
 
 def merge_into(trainee: Trainee, model: LlavaForConditionalGeneration) -> None:

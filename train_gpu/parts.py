@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -63,17 +62,17 @@ def dinov2_small_from_onnx(path: Path, image_size: int = 224, layers: int = 12) 
         use_mask_token=False,
     )
     state["embeddings.position_embeddings"] = torch.cat([class_row, patch_rows], dim=1)
-    tower = _tower_from_state(config, state)
+    tower = tower_from_state(config, state)
     side = image_size // config.patch_size
     patches = torch.zeros(1, side * side + 1, config.hidden_size)
     table = tower.embeddings.interpolate_pos_encoding(patches, image_size, image_size)
 
     small = Dinov2Config(**{**config.to_dict(), "image_size": image_size})
     state["embeddings.position_embeddings"] = table.detach().clone()
-    return _tower_from_state(small, state)
+    return tower_from_state(small, state)
 
 
-def _tower_from_state(config: Dinov2Config, state: dict[str, torch.Tensor]) -> Dinov2Model:
+def tower_from_state(config: Dinov2Config, state: dict[str, torch.Tensor]) -> Dinov2Model:
     """Load by the names that checkpoints on disk use; transformers renames them to its present ones."""
     tower, report = Dinov2Model.from_pretrained(None, config=config, state_dict=state, output_loading_info=True)
     wrong = {kind: sorted(names) for kind, names in report.items() if names}
@@ -129,7 +128,7 @@ def assemble(
 
 
 def initialise_projector(
-    model: LlavaForConditionalGeneration, mean: np.ndarray, std: np.ndarray, seed: int = 0
+    model: LlavaForConditionalGeneration, mean: torch.Tensor, std: torch.Tensor, seed: int = 0
 ) -> None:
     """Fold the features' standardisation into the first layer and start with outputs as wide as word embeddings.
 
@@ -137,13 +136,11 @@ def initialise_projector(
     """
     generator = torch.Generator().manual_seed(seed)
     projector = model.model.multi_modal_projector
-    scale = torch.from_numpy(std).float()
-    shift = torch.from_numpy(mean).float()
     with torch.no_grad():
         first, second = projector.linear_1, projector.linear_2
         weight = torch.randn(first.weight.shape, generator=generator) * first.in_features**-0.5
-        first.weight.copy_(weight / scale)
-        first.bias.copy_(-(weight / scale) @ shift)
+        first.weight.copy_(weight / std)
+        first.bias.copy_(-(weight / std) @ mean)
         # gelu of a unit normal has a root mean square of 0.652
         spread = model.get_input_embeddings().weight.std() / (0.652 * second.in_features**0.5)
         second.weight.copy_(torch.randn(second.weight.shape, generator=generator) * spread)

@@ -78,8 +78,10 @@ def unpack(archives: Path, root: Path) -> None:
 @click.option("--easy-vqa", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
               help="Folder easy_vqa/data of the wheel easy-vqa 1.0.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to work in.")
+@click.option("--tower-blocks", default=0, show_default=True, type=click.IntRange(0, 10),
+              help="Last blocks of the tower to train, here and later (model.tower_blocks).")  # fmt: skip
 @click.option("--seed", default=1, show_default=True)
-def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, seed: int) -> None:
+def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, tower_blocks: int, seed: int) -> None:
     """Prepare OUTPUT: pictures, held-out pets, samples.json, features/ and base/. Then run the recipes in OUTPUT."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = output / "pictures"
@@ -97,8 +99,8 @@ def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, s
     model_llm, tokenizer = parts.llm_from_gguf(llm)
     vision = parts.dinov2_small_from_onnx(tower, IMAGE.size, layers=max(FEATURE_LAYERS))
     model = parts.assemble(vision, model_llm, tokenizer, FEATURE_LAYERS)
-    cache = features.build_cache(model, IMAGE, root, names, output / "features")
-    parts.initialise_projector(model, *cache.statistics(), seed=seed)
+    cache = features.build_cache(model, IMAGE, root, names, output / "features", tower_blocks)
+    parts.initialise_projector(model, *cache.statistics(vision, model.config), seed=seed)
     every = [sample for source in samples.values() for sample in source]
     align_words(model, cache, every, tokenizer, seed=seed)
     checkpoint.save_checkpoint(output / "base", model, tokenizer, DESCRIPTION)

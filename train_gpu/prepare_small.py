@@ -105,7 +105,7 @@ def main(archives: Path, tower: Path, output: Path, count: int, seed: int) -> No
     model = parts.assemble(vision, language_model(tokenizer, seed), tokenizer, FEATURE_LAYERS)
     names = sorted({sample["image"] for sample in learnt})
     cache = features.build_cache(model, IMAGE, output / "pictures", names, output / "features")
-    parts.initialise_projector(model, *cache.statistics(), seed=seed)
+    parts.initialise_projector(model, *cache.statistics(vision, model.config), seed=seed)
     checkpoint.save_checkpoint(output / "base", model, tokenizer, ABOUT)
 
 

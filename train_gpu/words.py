@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 from llava_edge.train_gpu.datagen.symbols import word_set, words
+from llava_edge.train_gpu.features import through_blocks, used_blocks
 from llava_edge.train_gpu.model import fold_standardisation, pool_tokens, unfold_standardisation
+from llava_edge.train_gpu.precision import has_bfloat16
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerBase
@@ -88,14 +90,16 @@ def align_words(
     samples: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    epochs: dict[int, int] | None = None,
+    image_tokens: int = 16,
+    epochs: int = 10,
     batch_size: int = 128,
     lr: float = 1e-3,
+    tower_lr: float = 1e-4,
     seed: int = 0,
 ) -> None:
-    """Train the projector of ``model`` in place. ``epochs`` says how many at how many image tokens.
+    """Train the projector of ``model`` in place, and the blocks of its tower that ``cache`` leaves to be run.
 
-    The features are pooled before the projector here, which costs a fraction of pooling behind it.
+    The features are pooled to ``image_tokens`` before the projector here, which costs a fraction of pooling behind it.
     """
     said = {name: counter for name, counter in picture_words(samples).items() if counter}
     ids, target = word_targets(said, tokenizer)
@@ -103,32 +107,43 @@ def align_words(
     table = model.get_input_embeddings().weight.detach()
     reader = WordReader(table[ids])
     norm = float(reader.embeddings.norm(dim=-1).mean())
+    tower = model.model.vision_tower
+    blocks = used_blocks(tower, model.config)[-cache.blocks :] if cache.blocks else []
+    tower_parameters = [p for block in blocks for p in block.requires_grad_(True).parameters()]
     projector = model.model.multi_modal_projector.float().train()
-    mean, std = (torch.from_numpy(values) for values in cache.statistics())
+    mean, std = cache.statistics(tower, model.config)
     unfold_standardisation(projector, mean, std)  # the optimiser likes unit inputs
-    optimizer = torch.optim.AdamW([*projector.parameters(), *reader.parameters()], lr=lr, weight_decay=0.05)
+    groups: list[dict[str, Any]] = [{"params": [*projector.parameters(), *reader.parameters()], "lr": lr}]
+    if tower_parameters:
+        groups.append({"params": tower_parameters, "lr": tower_lr})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
-    epochs = epochs or {16: 10}
-    total = sum(epochs.values()) * math.ceil(len(names) / batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=total, pct_start=0.1)
+    total = epochs * math.ceil(len(names) / batch_size)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total, pct_start=0.1)
     log.info("%d words of %d pictures", len(ids), len(names))
-    for tokens, count in epochs.items():
-        features = pooled_features(cache, names, tokens)
-        for epoch in range(count):
-            losses = []
-            for batch in torch.split(torch.randperm(len(names), generator=generator), batch_size):
-                inputs = (features[batch].float() - mean) / std
-                with torch.autocast("cpu", torch.bfloat16):
-                    visual = projector(inputs)
-                    loss = -(target[batch] * reader(visual)).sum(dim=-1).mean()
-                loss = loss + 0.1 * ((visual.float().norm(dim=-1) / norm - 1) ** 2).mean()
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                losses.append(loss.item())
-            log.info("words: %d tokens, epoch %d of %d, loss %.3f", tokens, epoch + 1, count, sum(losses) / len(losses))
+    pooled = None if blocks else pooled_features(cache, names, image_tokens)
+    for epoch in range(epochs):
+        losses = []
+        for batch in torch.split(torch.randperm(len(names), generator=generator), batch_size):
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
+                if pooled is not None:
+                    features = pooled[batch].float()
+                else:
+                    states = torch.from_numpy(np.stack([cache[names[row]] for row in batch.tolist()])).float()
+                    features = pool_tokens(through_blocks(tower, model.config, states, cache.blocks), image_tokens)
+                visual = projector((features.float() - mean) / std)
+                loss = -(target[batch] * reader(visual)).sum(dim=-1).mean()
+            loss = loss + 0.1 * ((visual.float().norm(dim=-1) / norm - 1) ** 2).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        log.info("words: epoch %d of %d, loss %.3f", epoch + 1, epochs, sum(losses) / len(losses))
     fold_standardisation(projector, mean, std)
+    model.requires_grad_(False)
     projector.eval()
 
 

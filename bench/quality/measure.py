@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ from llava_edge.bench.progress import Progress, Say
 from llava_edge.bench.quality import scores
 from llava_edge.bench.quality.cases import Case, make_cases
 from llava_edge.bench.quality.data import Data
-from llava_edge.bench.quality.store import EmbeddingStore, LogitStore, compact, key_of, make_folder
+from llava_edge.bench.quality.store import EmbeddingStore, LogitStore, compact, key_of, make_folder, versions
 from llava_edge.bench.record import Metric, Result, with_metrics, write_atomically
+from llava_edge.engine import DEFAULT_CTX
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.generate import Generation, generate
 from llava_edge.sampling import Sampler
@@ -60,8 +61,11 @@ def bench_quality(
     for subject in (reference, *subjects):
         check_variant(subject, reference)
     quality = Quality(reference, data, settings, cache, say)
-    rows = tuple(with_metrics(subject.row(), quality.measure(subject)) for subject in subjects)
-    return environment.result("quality", rows, quality.facts)
+    rows = []
+    for subject in subjects:
+        row = with_metrics(subject.row(), quality.measure(subject))
+        rows.append(replace(row, vision_backend=quality.vision_backends.get(subject.label, "")))
+    return environment.result("quality", tuple(rows), quality.facts)
 
 
 def check_variant(subject: Subject, reference: Subject) -> None:
@@ -100,17 +104,15 @@ class Quality:
         self._say = say
         self._embeddings = EmbeddingStore(cache / "embeddings")
         files = [file.sha256 for file in reference.bundle.manifest.files]
-        facts = [
-            files,
-            reference.image_tokens,
-            data.sha256,
-            asdict(settings),
-            asdict(environment.machine())["cpu_flags"],
-        ]
-        self._folder = make_folder(cache / f"reference-{key_of([*facts, native.version()])}")
+        manifest = reference.bundle.manifest
+        read = [manifest.prompt, manifest.image, manifest.feature_layers, manifest.backends, reference.vision_backend]
+        facts = [files, *read, reference.image_tokens, data.sha256, asdict(settings), *versions()]
+        self._folder = make_folder(cache / f"reference-{key_of(facts)}")
         self._logits = LogitStore(self._folder / "logits")
         self._cases: list[Case] = []
         self._texts: list[str] | None = None
+        self.vision_backends: dict[str, str] = {}
+        """What read the pictures, by the subject's label."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -177,7 +179,21 @@ class Quality:
     def _load(self, subject: Subject) -> llava_edge.Model:
         self._say(f"{subject.label}: quality")
         threads = self._settings.threads
-        return llava_edge.load(subject.bundle.directory, n_threads=threads, image_tokens=subject.image_tokens)
+        options: dict[str, Any] = {
+            "n_threads": threads,
+            "n_ctx": self._n_ctx(subject),
+            "image_tokens": subject.image_tokens,
+            "cache": False,
+        }
+        model = llava_edge.load(subject.bundle.directory, **options, vision_backend=subject.vision_backend)
+        if self._data.text is None:
+            self.vision_backends[subject.label] = model.open_vision()
+        return model
+
+    def _n_ctx(self, subject: Subject) -> int | None:
+        """Room for a large picture too; None is the usual context."""
+        longest, needed = subject.weights["llm"].context_length, subject.picture_tokens + DEFAULT_CTX // 2
+        return min(needed, longest or needed) if needed > DEFAULT_CTX else None
 
     def _make_cases(self, model: llava_edge.Model) -> list[Case]:
         settings = self._settings

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llava_edge import native
 from llava_edge.bench.record import write_atomically
 from llava_edge.errors import InputError, ModelError
 from llava_edge.vision import EncodedImage
@@ -77,7 +79,8 @@ class EmbeddingStore:
         """The picture as the model reads it, from disk where it is there."""
         manifest = subject.bundle.manifest
         tower = [file.sha256 for file in manifest.files if file.role != "llm"]
-        folder = make_folder(self._folder / key_of([tower, subject.image_tokens, model.engine.n_threads]))
+        read = [manifest.image, manifest.feature_layers, subject.image_tokens, model.open_vision(), versions()]
+        folder = make_folder(self._folder / key_of([tower, *read, model.engine.n_threads]))
         path = folder / f"{key_of([str(picture.resolve()), picture.stat().st_mtime_ns])}.npy"
         try:
             return EncodedImage.of(str(picture), np.load(path))
@@ -90,6 +93,15 @@ class EmbeddingStore:
         np.save(partial, chunk.embeddings)
         partial.replace(path)
         return EncodedImage.of(str(picture), chunk.embeddings)
+
+
+def versions() -> list[str]:
+    """Of what computes embeddings and logits."""
+    return [
+        native.version(),
+        native.llama().llama_print_system_info().decode("utf-8", "replace"),
+        version("onnxruntime"),
+    ]
 
 
 def make_folder(path: Path) -> Path:

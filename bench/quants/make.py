@@ -9,17 +9,21 @@ from pathlib import Path
 
 from llava_edge.bench.models import SYNTHETIC, Subject, open_subject
 from llava_edge.bench.progress import Say
-from llava_edge.bench.quants.plan import Variant
+from llava_edge.bench.quants.plan import QuantsSettings, Variant, reference_tower, towers
 from llava_edge.bench.record import write_atomically
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Role, open_bundle, sha256_file
 from llava_edge.convert.quantize import quantize
 from llava_edge.errors import InputError, require_extra
 
-_FLOATS = ("F16", "BF16", "F32")
-_PROBED = ("F16", "Q8_0")
+_FLOATS: dict[Role, tuple[str, ...]] = {
+    "llm": ("F16", "BF16", "F32"),
+    "mmproj": ("F16", "BF16", "F32"),
+    "vision_onnx": ("fp32",),
+}
+_PROBED = ("F16", "Q8_0", "fp32", "int8")
 
 
-def open_reference(source: Path, work: Path, image_tokens: int | None, say: Say) -> Subject:
+def open_reference(source: Path, work: Path, settings: QuantsSettings, image_tokens: int | None, say: Say) -> Subject:
     """The bundle without quantisation: the source itself, or what a conversion of the checkpoint makes of it."""
     if (source / MANIFEST_NAME).is_file():
         subject = open_subject(source, image_tokens)
@@ -29,11 +33,13 @@ def open_reference(source: Path, work: Path, image_tokens: int | None, say: Say)
                 f"{source} has random weights: what quantisation costs can't be seen on it",
                 hint="`llava-edge bench speed --synthetic` compares the speed of types.",
             )
+        used = {"llm", *(tower.role for tower in (reference_tower(manifest), *towers(settings, manifest)))}
         for file in manifest.files:
-            if file.role in ("llm", "mmproj") and file.type not in _FLOATS:
+            floats = _FLOATS.get(file.role, ())
+            if file.role in used and file.type not in floats:
                 raise InputError(
-                    f"{source} can't be quantised: its {file.role} is {file.type}, {' or '.join(_FLOATS)} is needed",
-                    hint="Give the checkpoint, or convert it with --llm-type F16 --mmproj-type F16.",
+                    f"{source} can't be quantised: its {file.role} is {file.type}, {' or '.join(floats)} is needed",
+                    hint="Give the checkpoint, or convert it with --llm-type F16 --mmproj-type F16 --vision fp32.",
                 )
         return subject
     if not source.is_dir():
@@ -45,7 +51,8 @@ def open_reference(source: Path, work: Path, image_tokens: int | None, say: Say)
         require_extra("convert", "torch", "transformers", "safetensors", "onnx")
         from llava_edge.convert import convert_checkpoint
 
-        convert_checkpoint(source, converted, llm_type="F16", mmproj_type="F16", progress=say)
+        convert_checkpoint(source, converted, llm_type="F16", mmproj_type="F16", vision="fp32", progress=say)
+    towers(settings, open_bundle(converted).manifest)
     return open_subject(converted, image_tokens)
 
 
@@ -63,45 +70,55 @@ class Maker:
 
     def make(self, variant: Variant) -> Subject:
         """The variant's bundle, with a manifest that says what it is."""
-        manifest = self._reference.bundle.manifest
-        types: dict[Role, str] = {"llm": variant.llm_type, "mmproj": variant.mmproj_type}
+        manifest, tower = self._reference.bundle.manifest, variant.tower
+        types: dict[Role, str] = {"llm": variant.llm_type, tower.role: tower.type}
         directory = self._bundles / variant.name
         directory.mkdir(exist_ok=True)
         files = []
         for file in manifest.files:
+            if file.role not in types and not (file.role == "mmproj" and manifest.image.mode == "anyres"):
+                continue  # another backend's; anyres takes its image_newline from the mmproj
             kind = types.get(file.role, file.type)
-            name = f"{file.role}-{kind}.gguf" if file.role in types else Path(file.path).name
-            path = directory / name
+            path = directory / _name(file.role, kind)
             _link(self._part(file, kind), path)
-            files.append(BundleFile(name, file.role, sha256_file(path), path.stat().st_size, kind))
+            files.append(BundleFile(path.name, file.role, sha256_file(path), path.stat().st_size, kind))
         # The probe tells a wrong build from a right one, and would refuse a coarse type.
-        probe = manifest.probe if variant.mmproj_type in _PROBED else None
-        made = replace(manifest, files=tuple(files), probe=probe, parity=None)
+        probe = manifest.probe if tower.type in _PROBED else None
+        made = replace(manifest, files=tuple(files), probe=probe, parity=None, backends=(tower.backend,))
         write_atomically(directory / MANIFEST_NAME, made.to_json())
-        label = f"{variant.llm_type} / {variant.mmproj_type}"
-        return Subject(open_bundle(directory), label, self._reference.image_tokens)
+        return Subject(open_bundle(directory), variant.label, self._reference.image_tokens)
 
     def forget(self, variants: list[Variant]) -> None:
         """Delete bundles, and the parts that only they used."""
         for variant in variants:
             shutil.rmtree(self._bundles / variant.name, ignore_errors=True)
         for kind in {variant.llm_type for variant in variants}:
-            (self._parts / f"llm-{kind}.gguf").unlink(missing_ok=True)
+            (self._parts / _name("llm", kind)).unlink(missing_ok=True)
 
     def _part(self, file: BundleFile, kind: str) -> Path:
         source = self._reference.bundle.directory / file.path
         if kind == file.type:
             return source
-        path = self._parts / f"{file.role}-{kind}.gguf"
+        path = self._parts / _name(file.role, kind)
         if not path.exists():
             self._say(f"quantising {path.name}")
             partial = path.with_suffix(".partial")
             try:
-                quantize(source, partial, kind, threads=self._threads)
+                if file.role == "vision_onnx":
+                    require_extra("convert", "onnx")
+                    from llava_edge.convert.vision_onnx import quantize_onnx
+
+                    quantize_onnx(source, partial)
+                else:
+                    quantize(source, partial, kind, threads=self._threads)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
         return path
+
+
+def _name(role: Role, kind: str) -> str:
+    return f"vision-{kind}.onnx" if role == "vision_onnx" else f"{role}-{kind}.gguf"
 
 
 def _link(source: Path, path: Path) -> None:

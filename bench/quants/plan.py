@@ -12,53 +12,71 @@ from llava_edge.bench.models import LLM_TYPES, Subject
 from llava_edge.bench.quality.data import Data
 from llava_edge.bench.quality.measure import QualitySettings
 from llava_edge.bench.speed.measure import SpeedSettings
+from llava_edge.bundle import Backend, Manifest, Role
 from llava_edge.convert.quantize import MMPROJ_TYPES, check_type
 from llava_edge.errors import InputError
+from llava_edge.quant_types import VISION_TYPES
+from llava_edge.vision.backends import ROLE_OF
 
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
-# Bits a weight, rounded up; a tensor that falls back takes more, so that the greatest is assumed for the others.
-_BITS = {"F32": 32.0, "F16": 16.1, "BF16": 16.1, "Q6_K": 6.9, "Q5_K_M": 6.2, "Q5_K_S": 6.2, "Q4_0": 5.2}
+ONNX_TYPES = tuple(kind for kind in VISION_TYPES if kind != "none")
+# Bits a weight of 16, rounded up; a tensor that falls back takes more, so that the greatest is assumed for the others.
+_BITS = {"F32": 32.0, "F16": 16.1, "BF16": 16.1, "Q6_K": 6.9, "Q5_K_M": 6.2, "Q5_K_S": 6.2, "Q4_0": 5.2, "int8": 4.3}
 _MOST_BITS = 8.6
 
 
 @dataclass(frozen=True)
+class Tower:
+    """A file that pictures are read with, ``mmproj`` or ``vision_onnx``, in a type."""
+
+    role: Role
+    type: str
+
+    @property
+    def backend(self) -> Backend:
+        """What runs it."""
+        return "mtmd" if self.role == "mmproj" else "onnx"
+
+
+@dataclass(frozen=True)
 class Variant:
-    """A pair of types."""
+    """A type of the language model, and a vision tower."""
 
     llm_type: str
-    mmproj_type: str
+    tower: Tower
 
     @property
     def name(self) -> str:
-        """For files and tables."""
-        return f"{self.llm_type}-{self.mmproj_type}"
+        """For files."""
+        return f"{self.llm_type}-{self.tower.type}"
 
-
-REFERENCE = Variant("F16", "F16")
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{self.llm_type} / {self.tower.type}"
 
 
 @dataclass(frozen=True)
 class QuantsSettings:
-    """What to measure of which types. ``memory_limit_bytes`` is what one of the recommendations asks for."""
+    """What to measure of which types. ``memory_limit_bytes`` is what one of the recommendations asks for.
+
+    Towers of no type at all are those that the bundle's backends suggest.
+    """
 
     types: tuple[str, ...] = DEFAULT_TYPES
-    mmproj_types: tuple[str, ...] = ("Q8_0",)
+    mmproj_types: tuple[str, ...] = ()
     speed: SpeedSettings = field(default_factory=SpeedSettings)
     quality: QualitySettings = field(default_factory=QualitySettings)
     memory_limit_bytes: int = 4 * 10**9
+    vision_types: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, choices in (("types", LLM_TYPES), ("mmproj_types", MMPROJ_TYPES)):
+        known = (("types", LLM_TYPES), ("mmproj_types", MMPROJ_TYPES), ("vision_types", ONNX_TYPES))
+        for name, choices in known:
             given = getattr(self, name)
-            if not given:
+            if not given and name == "types":
                 raise InputError(f"{name} is empty; expected some of {', '.join(choices)}")
             object.__setattr__(self, name, tuple(dict.fromkeys(check_type(kind, choices) for kind in given)))
-
-    @property
-    def variants(self) -> list[Variant]:
-        """All pairs, language models of one type together. The reference is measured first, asked for or not."""
-        pairs = [Variant(llm, mmproj) for llm in self.types for mmproj in self.mmproj_types]
-        return list(dict.fromkeys([REFERENCE, *pairs]))
 
     def facts(self, data: Data | None) -> dict[str, Any]:
         """The settings for the record."""
@@ -66,12 +84,51 @@ class QuantsSettings:
         return {**asdict(self), **({} if data else {"quality": None}), **samples}
 
 
+def reference_tower(manifest: Manifest) -> Tower:
+    """The tower without quantisation that the reference reads pictures with: that of its best backend."""
+    types = {file.role: file.type for file in manifest.files}
+    role = next(ROLE_OF[name] for name in manifest.backends if name in ROLE_OF)
+    return Tower(role, types[role])
+
+
+def towers(settings: QuantsSettings, manifest: Manifest) -> list[Tower]:
+    """The towers that are asked for, or where none are, those that the bundle's backends suggest.
+
+    Raises
+    ------
+    InputError
+        A tower that the bundle has no file for, or that no backend of the bundle runs.
+    """
+    run = {ROLE_OF[name] for name in manifest.backends if name in ROLE_OF}
+    asked: list[tuple[Role, Sequence[str]]] = [
+        ("vision_onnx", settings.vision_types),
+        ("mmproj", settings.mmproj_types),
+    ]
+    if not any(kinds for _, kinds in asked):
+        asked = [("vision_onnx", ONNX_TYPES), ("mmproj", ("Q8_0",))]
+        asked = [(role, kinds) for role, kinds in asked if role in run]
+    for role, kinds in asked:
+        if kinds and role not in run:
+            raise InputError(
+                f"{manifest.name} runs with {', '.join(manifest.backends)}: another {role} would change nothing",
+                hint="Leave --mmproj-types away." if role == "mmproj" else "Convert the checkpoint with --vision fp32.",
+            )
+    return [Tower(role, kind) for role, kinds in asked for kind in kinds]
+
+
+def variants(settings: QuantsSettings, manifest: Manifest) -> list[Variant]:
+    """Every type with every tower, language models of one type together; the reference first, asked for or not."""
+    pairs = [Variant(llm, tower) for llm in settings.types for tower in towers(settings, manifest)]
+    return list(dict.fromkeys([Variant("F16", reference_tower(manifest)), *pairs]))
+
+
 def check_space(settings: QuantsSettings, reference: Subject, data: Data | None, folder: Path, *, keep: bool) -> None:
     """Refuse to begin what would end with a full disk."""
     sizes = {file.role: file.bytes for file in reference.bundle.manifest.files}
     models = [sizes["llm"] * _share(kind) for kind in settings.types if kind != "F16"]
     needed = sum(models) if keep else max(models, default=0)
-    needed += sum(sizes["mmproj"] * _share(kind) for kind in settings.mmproj_types if kind != "F16")
+    wanted = towers(settings, reference.bundle.manifest)
+    needed += sum(sizes[tower.role] * _share(tower.type) for tower in wanted if tower.type not in ("F16", "fp32"))
     if reference.bundle.directory.stat().st_dev != folder.stat().st_dev:
         needed += sum(sizes.values())  # no links across file systems
     if data is not None:
@@ -94,5 +151,7 @@ def _cache_bytes(settings: QuantsSettings, reference: Subject, data: Data) -> fl
     width, vocabulary = table.shape
     turns: Sequence[int] = [len(sample.turns) for sample in data.samples] or [0]
     tokens = sum(turns) * settings.quality.answer_tokens
-    embeddings = len(data.samples) * reference.image_tokens * width * 4 * (len(settings.mmproj_types) + 1)
+    embeddings = (
+        len(data.samples) * reference.image_tokens * width * 4 * (len(towers(settings, reference.bundle.manifest)) + 1)
+    )
     return tokens * vocabulary * 2 + embeddings

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from llava_edge.bench.progress import Say, duration
 from llava_edge.bench.quality.data import Data
 from llava_edge.bench.quality.measure import Quality
 from llava_edge.bench.quants.make import Maker, open_reference
-from llava_edge.bench.quants.plan import QuantsSettings, Variant, check_space
+from llava_edge.bench.quants.plan import QuantsSettings, Variant, check_space, variants
 from llava_edge.bench.quants.recommend import recommend
+from llava_edge.bench.quants.tasks import QuantsTask, measure_tasks
 from llava_edge.bench.record import Metric, Result, Row, row_from_dict, with_metrics, write_atomically
 from llava_edge.bench.speed.measure import measure_ceilings, measure_speed, warnings_of
 from llava_edge.errors import InputError
@@ -34,6 +36,7 @@ def bench_quants(
     settings: QuantsSettings,
     data: Data | None,
     *,
+    tasks: Sequence[QuantsTask] = (),
     image_tokens: int | None = None,
     keep: bool = False,
     restart: bool = False,
@@ -41,7 +44,7 @@ def bench_quants(
 ) -> Result:
     """Make and measure every variant, or what a stopped run with the same settings left to do.
 
-    Without ``data`` only size, memory and speed are measured. ``keep`` leaves the bundles in ``output``.
+    Without ``data`` and ``tasks`` only size, memory and speed are measured. ``keep`` leaves the bundles in ``output``.
 
     Raises
     ------
@@ -53,7 +56,7 @@ def bench_quants(
         shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True, exist_ok=True)
-        return _Run(source, work, settings, data, image_tokens, keep, say).run()
+        return _Run(source, work, settings, data, tasks, image_tokens, keep, say).run()
     except OSError as error:
         raise InputError(
             f"can't write {output}: {error}", hint="Make room; what is finished is kept, the same command goes on."
@@ -67,14 +70,18 @@ class _Run:
         work: Path,
         settings: QuantsSettings,
         data: Data | None,
+        tasks: Sequence[QuantsTask],
         image_tokens: int | None,
         keep: bool,
         say: Say,
     ) -> None:
         self._settings, self._data, self._work, self._keep, self._say = settings, data, work, keep, say
-        self._reference = open_reference(source, work, image_tokens, say)
+        self._tasks = tasks
+        self._reference = open_reference(source, work, settings, image_tokens, say)
+        self._variants = variants(settings, self._reference.bundle.manifest)
         self._facts = {
             **settings.facts(data),
+            "tasks": {task.name: task.facts for task in tasks},
             "source": self._reference.bundle.manifest.name,
             "image_tokens": self._reference.image_tokens,
         }
@@ -86,10 +93,9 @@ class _Run:
         self._ceilings = self._kept_ceilings()
 
     def run(self) -> Result:
-        variants = self._settings.variants
-        todo = [variant for variant in variants if self._kept(variant, "") is None]
-        if len(todo) < len(variants):
-            self._say(f"{len(variants) - len(todo)} of {len(variants)} are measured already")
+        todo = [variant for variant in self._variants if self._kept(variant, "") is None]
+        if len(todo) < len(self._variants):
+            self._say(f"{len(self._variants) - len(todo)} of {len(self._variants)} are measured already")
         if todo:
             check_space(self._settings, self._reference, self._data, self._work, keep=self._keep)
         started = time.monotonic()
@@ -98,13 +104,13 @@ class _Run:
             left = f", about {duration(each * (len(todo) - number))} left" if number else ""
             self._say(f"{variant.name}: {number + 1} of {len(todo)}{left}")
             self._measure(variant)
-            used = [v for v in variants if v.llm_type == variant.llm_type]
+            used = [v for v in self._variants if v.llm_type == variant.llm_type]
             if not self._keep and not any(self._kept(v, "") is None for v in used):
                 self._maker.forget(used)
         if not self._keep:
             for name in ("parts", "bundles", "cache"):
                 shutil.rmtree(self._work / name, ignore_errors=True)
-        return self._result([row for row in (self._kept(v, "") for v in variants) if row is not None])
+        return self._result([row for row in (self._kept(v, "") for v in self._variants) if row is not None])
 
     def _measure(self, variant: Variant) -> None:
         subject = self._maker.make(variant)
@@ -115,6 +121,7 @@ class _Run:
             self._save(variant, ".speed", row)
         if self._quality is not None:
             row = with_metrics(row, self._quality.measure(subject))
+        row = with_metrics(row, measure_tasks(subject, self._tasks, self._settings.speed.threads, self._say))
         self._save(variant, "", row)
 
     def _result(self, rows: list[Row]) -> Result:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from llava_edge.bench.quants.recommend import pareto
 from llava_edge.bench.record import Metric, Result, Row
+from llava_edge.bench.report.table import task_names
 
 # the first of these that was measured
 _ACCURACY = {
@@ -16,7 +17,8 @@ _ACCURACY = {
     "cider_d": "CIDEr-D of captions",
     "top1_agreement": "share of equal top tokens",
 }
-_INK, _FRONT, _POINT = "#222222", "#b3541e", "#1f5f8b"
+_INK = "#222222"
+_POINTS = (("#1f5f8b", "o"), ("#b3541e", "s"), ("#2e7d4f", "^"), ("#7a3f8f", "D"))  # a tower each
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,14 @@ def plots_of(result: Result) -> list[Plot]:
                 "down",
             )
         )
-    accuracy = next((name for name in _ACCURACY if name in names), None)
+    accuracy = next((name for name in (*task_names(result), *_ACCURACY) if name in names), None)
     if accuracy and "ttft_warm" in names:
         found.append(
             Plot(
                 "ttft-accuracy",
                 "Time to the first token and accuracy",
                 "TTFT warm, s",
-                _ACCURACY[accuracy],
+                _ACCURACY.get(accuracy, accuracy),
                 _ttft,
                 accuracy,
                 "up",
@@ -94,23 +96,48 @@ def draw(plot: Plot, result: Result, file_type: Literal["png", "svg"]) -> bytes:
 def _fill(axes: Any, plot: Plot, rows: list[Row]) -> None:
     sign = -1 if plot.better == "up" else 1
     front = pareto(rows, plot.x, lambda row: sign * row.metrics[plot.y].value)
-    axes.plot([plot.x(r) for r in front], [_y(r, plot) for r in front], color=_FRONT, linewidth=1.2, label="front")
+    axes.plot([plot.x(r) for r in front], [_y(r, plot) for r in front], color=_INK, linewidth=1, label="front")
+    towers = list(dict.fromkeys(map(_tower, rows)))
     for row in rows:
         low, high = _ends(row.metrics[plot.y])
-        value = _y(row, plot)
+        value, number = _y(row, plot), towers.index(_tower(row)) % len(_POINTS)
+        colour, marker = _POINTS[number]
         axes.errorbar(
-            plot.x(row), value, yerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", markersize=5,
-            capsize=2, linewidth=0.8, color=_FRONT if row in front else _POINT,
+            plot.x(row), value, yerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt=marker, markersize=5,
+            capsize=2, linewidth=0.6, color=colour,
         )  # fmt: skip
-        axes.annotate(row.label, (plot.x(row), value), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    for number, tower in enumerate(towers if len(towers) > 1 else []):
+        colour, marker = _POINTS[number % len(_POINTS)]
+        axes.plot([], [], marker, color=colour, label=f"tower {tower}")
     axes.set(title=plot.title, xlabel=plot.x_title, ylabel=plot.y_title)
     axes.grid(alpha=0.25)
     axes.margins(x=0.22)  # room for the labels
+    axes.legend(fontsize=8)
     values = [_y(row, plot) for row in rows]
     if plot.better == "down" and min(values) >= 0 and max(values) > 0:
         # Types lie decades apart, and F16 at 0.
         axes.set_yscale("symlog", linthresh=min(value for value in values if value > 0))
         axes.set_ylim(bottom=0)
+    _label(axes, plot, [*front, *(row for row in rows if row not in front)])
+
+
+def _label(axes: Any, plot: Plot, rows: list[Row]) -> None:
+    """The rows' names, the first ones first, where there is room; the table has them all."""
+    axes.figure.draw_without_rendering()  # only then is it settled where points lie
+    pixels = axes.figure.dpi / 72
+    taken: list[tuple[float, float]] = []
+    for row in rows:
+        x, y = axes.transData.transform((plot.x(row), _y(row, plot)))
+        if any(abs(x - other_x) < 75 * pixels and abs(y - other_y) < 9 * pixels for other_x, other_y in taken):
+            continue
+        taken.append((x, y))
+        at = (plot.x(row), _y(row, plot))
+        axes.annotate(row.label, at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+
+
+def _tower(row: Row) -> str:
+    """The type of what the row's pictures were read with."""
+    return row.type_of("vision_onnx" if row.vision_backend == "onnx" else "mmproj")
 
 
 def _y(row: Row, plot: Plot) -> float:

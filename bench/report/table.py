@@ -46,7 +46,11 @@ def columns(result: Result) -> list[Column]:
     """The columns that at least one row fills."""
     found = [Column("model", lambda row: row.label, numeric=False), Column("size MB", lambda r: f"{r.bytes / 1e6:.1f}")]
     names = list(dict.fromkeys(name for row in result.rows for name in row.metrics))
-    found += [_metric(*entry) for entry in (*QUALITY, *SPEED) if entry[0] in names]
+    if any(row.vision_backend for row in result.rows):
+        found.append(Column("pictures read by", lambda row: row.vision_backend, numeric=False))
+    found += [_metric(*entry) for entry in QUALITY if entry[0] in names]
+    found += [_metric(name, name, 1.0, "{:.3f}") for name in task_names(result)]
+    found += [_metric(*entry) for entry in SPEED if entry[0] in names]
     for name in names:
         if re.fullmatch(r"pp\d+|tg\d+@\d+", name):
             found.append(_metric(name, f"{name} t/s", 1.0, "{:.1f}"))
@@ -59,6 +63,13 @@ def columns(result: Result) -> list[Column]:
     if result.kind == "quants":
         found.append(Column("LLM tensors", tensor_mix, numeric=False))
     return found
+
+
+def task_names(result: Result) -> list[str]:
+    """The metrics that are scores of a task, such as ``easy-vqa accuracy``."""
+    return list(
+        dict.fromkeys(name for row in result.rows for name, metric in row.metrics.items() if metric.unit == "score")
+    )
 
 
 def tensor_mix(row: Row) -> str:
@@ -86,10 +97,11 @@ def as_csv(result: Result) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     sides = [part for name in names for part in (name, f"{name}_low", f"{name}_high")]
-    writer.writerow(["label", "llm_type", "mmproj_type", "bytes", *sides])
+    writer.writerow(["label", "llm_type", "vision_backend", "vision_type", "bytes", *sides])
     for row in result.rows:
         values = [value for name in names for value in _triple(row.metrics.get(name))]
-        writer.writerow([row.label, row.type_of("llm"), row.type_of("mmproj"), row.bytes, *values])
+        vision = row.type_of("vision_onnx" if row.vision_backend == "onnx" else "mmproj")
+        writer.writerow([row.label, row.type_of("llm"), row.vision_backend, vision, row.bytes, *values])
     return out.getvalue()
 
 

@@ -14,8 +14,9 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llava_edge.bundle import Bundle
+from llava_edge.bench.models import Subject
 from llava_edge.errors import LlavaEdgeError
 
 QUESTION = "Describe this picture in one sentence."
@@ -31,11 +32,18 @@ class ColdStart:
     dropped: bool
 
 
-def start(bundle: Bundle, picture: Path, *, threads: int, image_tokens: int, n_ctx: int) -> ColdStart:
+def start(subject: Subject, picture: Path, *, threads: int, n_ctx: int) -> ColdStart:
     """Start a process that asks one question; LlavaEdgeError with its message if it fails."""
+    bundle = subject.bundle
     drops = [_drop_from_page_cache(bundle.directory / file.path) for file in bundle.manifest.files]
-    asked = {"bundle": str(bundle.directory), "picture": str(picture), "n_threads": threads, "n_ctx": n_ctx}
-    command = [sys.executable, "-m", __name__, json.dumps({**asked, "image_tokens": image_tokens})]
+    asked: dict[str, Any] = {
+        "bundle": str(bundle.directory),
+        "picture": str(picture),
+        "n_threads": threads,
+        "n_ctx": n_ctx,
+    }
+    asked |= {"image_tokens": subject.image_tokens, "vision_backend": subject.vision_backend}
+    command = [sys.executable, "-m", __name__, json.dumps(asked)]
     started = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -81,7 +89,7 @@ def main(asked: str) -> None:
 
     options = json.loads(asked)
     bundle, picture = options.pop("bundle"), options.pop("picture")
-    with llava_edge.load(bundle, **options) as model, model.chat() as chat:
+    with llava_edge.load(bundle, cache=False, **options) as model, model.chat() as chat:
         first = True
         for _ in chat.stream(QUESTION, images=[picture], max_tokens=_ANSWER_TOKENS):
             if first:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ from llava_edge.errors import InputError
 
 if TYPE_CHECKING:
     from collections import Counter
+
+    from llava_edge.engine import Engine
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +92,7 @@ def measure_speed(subject: Subject, settings: SpeedSettings, found: dict[str, Me
         run.cold_starts(picture)
     run.load()
     run.note_interference()
-    return with_metrics(subject.row(), run.metrics, tuple(run.notes))
+    return replace(with_metrics(subject.row(), run.metrics, tuple(run.notes)), vision_backend=run.vision_backend)
 
 
 def make_picture(number: int) -> Image.Image:
@@ -97,10 +100,28 @@ def make_picture(number: int) -> Image.Image:
     return ImageChops.offset(probe_picture(max(PICTURE_SIZE)).crop((0, 0, *PICTURE_SIZE)), 5 * number, 3 * number)
 
 
+def prefill_seconds(engine: Engine, tokens: Sequence[int]) -> float:
+    """Time to read a prompt, into an empty context."""
+    engine.truncate(0)
+    started = time.perf_counter()
+    engine.decode_tokens(tokens)
+    return time.perf_counter() - started
+
+
+def decode_seconds(engine: Engine, tokens: Sequence[int], depth: int) -> float:
+    """Time to evaluate tokens one by one after the first ``depth`` of the context."""
+    engine.truncate(depth)
+    started = time.perf_counter()
+    for token in tokens:
+        engine.decode_tokens([token])
+    return time.perf_counter() - started
+
+
 class _SpeedRun:
     def __init__(self, subject: Subject, settings: SpeedSettings, found: dict[str, Metric], say: Say) -> None:
         self.metrics: dict[str, Metric] = {}
         self.notes: list[str] = []
+        self.vision_backend = ""
         self._subject = subject
         self._settings = settings
         self._ceilings = found
@@ -117,7 +138,7 @@ class _SpeedRun:
         for depth in sorted(set(settings.depths) - set(depths)):
             self.notes.append(f"depth {depth} is left out: the model's context has {longest} tokens")
         needed = [d + settings.answer_tokens + 1 for d in depths]
-        needed += [settings.prompt_tokens + 1, self._subject.image_tokens + _ROOM + settings.answer_tokens]
+        needed += [settings.prompt_tokens + 1, self._subject.picture_tokens + _ROOM + settings.answer_tokens]
         return min(max(needed), longest or max(needed)), depths
 
     def _say(self, step: str) -> None:
@@ -144,8 +165,8 @@ class _SpeedRun:
         starts: list[cold.ColdStart] = []
         for number in range(wanted + 1 if wanted else 0):
             self._say(f"cold start {number} of {wanted}" if number else "first start")
-            options = {"threads": self._settings.threads, "image_tokens": self._subject.image_tokens}
-            starts.append(cold.start(self._subject.bundle, picture, n_ctx=self._n_ctx, **options))
+            threads = self._settings.threads
+            starts.append(cold.start(self._subject, picture, n_ctx=self._n_ctx, threads=threads))
         starts = starts[1:]
         if not starts:
             return
@@ -156,8 +177,9 @@ class _SpeedRun:
 
     def load(self) -> None:
         """Load repeatedly, and measure everything else with the last one."""
-        directory, tokens = self._subject.bundle.directory, self._subject.image_tokens
-        options: dict[str, Any] = {"n_threads": self._settings.threads, "image_tokens": tokens, "n_ctx": self._n_ctx}
+        subject, directory = self._subject, self._subject.bundle.directory
+        options: dict[str, Any] = {"n_threads": self._settings.threads, "n_ctx": self._n_ctx}
+        options |= {"image_tokens": subject.image_tokens, "vision_backend": subject.vision_backend, "cache": False}
 
         def load() -> float:
             with llava_edge.load(directory, **options) as model:
@@ -181,21 +203,16 @@ class _SpeedRun:
 
         samples = self._repeat("encode", encode)
         self.metrics["encode"] = statistics.of_samples("s", samples)
-        if "mmproj" in self._subject.weights and self._subject.bundle.manifest.backends[0] == "mtmd":
+        self.vision_backend = model.vision_backend or ""
+        if "mmproj" in self._subject.weights and self.vision_backend == "mtmd":
             self._mfu("encode_mfu", self._subject.weights["mmproj"].encode_flops(), samples)
 
     def _prefill(self, model: llava_edge.Model) -> None:
         engine = model.engine
         count = min(self._settings.prompt_tokens, engine.n_ctx - 1)
         tokens = self._tokens(model, count)
-
-        def prefill() -> float:
-            model.cache.clear()
-            started = time.perf_counter()
-            engine.decode_tokens(tokens)
-            return time.perf_counter() - started
-
-        samples = self._repeat(f"pp{count}", prefill)
+        model.cache.clear()
+        samples = self._repeat(f"pp{count}", lambda: prefill_seconds(engine, tokens))
         self.metrics[f"pp{count}"] = rate(samples, count)
         flops = self._subject.weights["llm"].prefill_flops()
         for kind in flops:
@@ -210,15 +227,8 @@ class _SpeedRun:
             if depth:
                 engine.decode_tokens(self._tokens(model, depth), logits=False)
 
-            def decode(depth: int = depth) -> float:
-                engine.truncate(depth)
-                started = time.perf_counter()
-                for token in tokens:
-                    engine.decode_tokens([token])
-                return time.perf_counter() - started
-
             name, before = f"tg{count}@{depth}", environment.energy_joules()
-            samples = self._repeat(name, decode)
+            samples = self._repeat(name, functools.partial(decode_seconds, engine, tokens, depth))
             self.metrics[name] = rate(samples, count)
             self._energy(name, before, count * (len(samples) + 1))
             self._mbu(f"{name}_mbu", depth + count / 2, count, samples)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
@@ -24,22 +24,27 @@ from llava_edge.bench.speed.shapes import Shape, TowerShape
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, PromptFormat, Role, VisualTokens, sha256_file
 from llava_edge.convert.gguf_file import tensor_types
 from llava_edge.convert.quantize import check_type, file_type, quantize
-from llava_edge.errors import InputError
+from llava_edge.errors import InputError, require_extra
 from llava_edge.paths import cache_dir
 from llava_edge.types import ImageSpec
 
+if TYPE_CHECKING:
+    from llava_edge.convert.projector import Projector
+    from llava_edge.convert.tower import Tower
+
 MMPROJ_TYPES = ("F16", "Q8_0")
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# What the GGUF's own template says too: nothing but the contents.
 _PROMPT = PromptFormat(
     bos="<s>",
     system="",
     default_system=None,
-    user_prefix="USER: ",
-    user_suffix=" ",
-    assistant_prefix="ASSISTANT:",
+    user_prefix="",
+    user_suffix="",
+    assistant_prefix="",
     turn_end="</s>",
     stop=("</s>",),
-    image_suffix="\n",
+    image_suffix="",
 )
 _SPECIALS = (
     ("<unk>", gguf.TokenType.UNKNOWN),
@@ -94,6 +99,53 @@ def write_synthetic(
         files.append(BundleFile(path.name, role, sha256_file(path), path.stat().st_size, kind))
     (directory / MANIFEST_NAME).write_text(_manifest(shape, tuple(files)).to_json(), encoding="utf-8")
     return directory
+
+
+def add_onnx(shape: Shape, directory: Path, kind: str) -> None:
+    """Add the tower as ONNX, random as well, and rank it first; MissingExtraError without what conversions need."""
+    require_extra("convert", "torch", "transformers", "onnx")
+    import torch
+    import transformers
+
+    from llava_edge.convert.projector import Projector
+    from llava_edge.convert.tower import tower_from_config
+    from llava_edge.convert.vision_onnx import quantize_onnx, write_onnx
+    from llava_edge.convert.weights import Stored, Weights, plain_name
+
+    tower = shape.tower
+    if not tower.class_token:
+        raise InputError(f"{shape.name} has no synthetic ONNX tower; only shapes with CLIP's have")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=tower.width, intermediate_size=tower.feed_forward, num_hidden_layers=tower.blocks,
+        num_attention_heads=tower.heads, image_size=tower.image_size, patch_size=tower.patch_size,
+    )  # fmt: skip
+    with torch.device("meta"):
+        parameters = transformers.CLIPVisionModel(config).named_parameters()
+    sizes = {plain_name(f"vision_tower.{name}"): tuple(found.shape) for name, found in parameters}
+    for number, columns in enumerate((tower.width, shape.width)):
+        sizes |= {f"projector.{number}.weight": (shape.width, columns), f"projector.{number}.bias": (shape.width,)}
+
+    def random(size: tuple[int, ...]) -> Callable[[], Any]:
+        return lambda: torch.randn(size) * 0.02
+
+    stored = {name: Stored(directory, name, size, random(size)) for name, size in sizes.items()}
+    described = _Described(tower_from_config(config), Projector(2, tower.width, shape.width), (tower.feature_layer,))
+    floats, path = directory / "vision-fp32.onnx", directory / f"vision-{kind}.onnx"
+    write_onnx(described, Weights(stored), floats)
+    if kind != "fp32":
+        quantize_onnx(floats, path)
+        floats.unlink()
+    manifest = Manifest.from_json((directory / MANIFEST_NAME).read_text(encoding="utf-8"))
+    file = BundleFile(path.name, "vision_onnx", sha256_file(path), path.stat().st_size, kind)
+    manifest = replace(manifest, files=(*manifest.files, file), backends=("onnx", "mtmd"))
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Described:
+    tower: Tower
+    projector: Projector
+    feature_layers: tuple[int, ...]
 
 
 def llm_types(shape: Shape, type_name: str) -> dict[str, str]:

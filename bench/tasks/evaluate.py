@@ -13,7 +13,7 @@ from typing import Any
 from llava_edge.bench.tasks.asking import Asker
 from llava_edge.bench.tasks.models import ModelChoice
 from llava_edge.bench.tasks.reading import Data
-from llava_edge.bench.tasks.run import SUMMARY, Plan, finish, plan_run, run_samples, start
+from llava_edge.bench.tasks.run import SUMMARY, Plan, finish, note_backend, plan_run, run_samples, start
 from llava_edge.bench.tasks.task import Task, make_task
 from llava_edge.bundle import sha256_file
 
@@ -67,16 +67,17 @@ def evaluate(job: Job, progress: Progress) -> Outcome:
     folder = job.output or default_folder(plan.settings)
     done = start(folder, plan, resume=job.resume, overwrite=job.overwrite)
     if len(done) == len(plan.samples):
-        return Outcome(folder, finish(folder, plan.settings, done), data.skipped)
+        return Outcome(folder, finish(folder, done), data.skipped)
     (folder / SUMMARY).unlink(missing_ok=True)
     with (
         job.choice.load() as model,
         progress(len(plan.samples), len(done), f"{job.task} {model.name}") as step,
     ):
+        note_backend(folder, model.open_vision())
         records = run_samples(
             folder, plan, task, Asker(model, system=job.choice.system), done, step, skip_bad=job.skip_bad
         )
-    return Outcome(folder, finish(folder, plan.settings, records), data.skipped)
+    return Outcome(folder, finish(folder, records), data.skipped)
 
 
 def read_job(job: Job) -> tuple[Task, Data, Plan]:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, resolve_model, sha256_file
 from llava_edge.convert.prompts import NAMED
 from llava_edge.errors import InputError
+from llava_edge.model import pulled_pair
 from llava_edge.types import FitMode
+from llava_edge.vision.backends import candidates
 
 if TYPE_CHECKING:
     from llava_edge.model import Model
@@ -33,6 +35,7 @@ class ModelChoice:
     llm: Path | None = None
     mmproj: Path | None = None
     image_tokens: int | None = None
+    image_reduction: str = "pool"
     n_ctx: int | None = None
     threads: int | None = None
     n_gpu_layers: int | None = None
@@ -40,30 +43,44 @@ class ModelChoice:
     image_mode: FitMode | None = None
     prompt_format: str | None = None
     feature_layers: tuple[int, ...] | None = None
+    vision_backend: str = "auto"
 
     @property
     def _changed(self) -> bool:
         return bool(self.image_mode or self.prompt_format or self.feature_layers)
 
     def describe(self) -> dict[str, Any]:
-        """What makes two runs' models the same; it costs no loading and names no path."""
+        """What makes two runs' models the same; it costs no loading and names no path.
+
+        ``vision_backend`` is what was asked for; a run's summary has what read the pictures.
+        """
+        asked = {"vision_backend": self.vision_backend, "system": self.system}
         if self.llm or self.mmproj:
-            if self._changed or self.image_tokens is not None:
-                raise InputError("image tokens, image mode, prompt format and feature layers need a bundle")
+            self._need_bundle()
             files = {path.name: path.stat().st_size for path in (self.llm, self.mmproj) if path and path.is_file()}
-            return {"name": self.llm.stem if self.llm else None, "files": files, "system": self.system}
+            return {"name": self.llm.stem if self.llm else None, "files": files, **asked}
+        pulled = pulled_pair(self.model or "nano")
+        if pulled is not None:
+            self._need_bundle()
+            return {"name": pulled.name, "files": {file.path: file.sha256 for file in pulled.files}, **asked}
         bundle = self._bundle()
+        candidates(bundle, self.vision_backend)
         manifest = changed_manifest(bundle.manifest, self)
         return {
             "name": manifest.name,
             "files": {file.path: file.sha256 for file in manifest.files},
             "types": {file.role: file.type for file in manifest.files},
             "image_tokens": self.image_tokens or manifest.visual_tokens.default,
+            **({} if self.image_reduction == "pool" else {"image_reduction": self.image_reduction}),
             "image_mode": manifest.image.mode,
             "prompt_format": self.prompt_format,
             "feature_layers": list(manifest.feature_layers),
-            "system": self.system,
+            **asked,
         }
+
+    def _need_bundle(self) -> None:
+        if self._changed or self.image_tokens is not None:
+            raise InputError("image tokens, image mode, prompt format and feature layers need a bundle")
 
     def _bundle(self) -> Bundle:
         return resolve_model(self.model or "nano")
@@ -85,6 +102,9 @@ class ModelChoice:
                 n_threads=self.threads,
                 n_gpu_layers=self.n_gpu_layers,
                 image_tokens=self.image_tokens,
+                vision_backend=self.vision_backend,
+                image_reduction=self.image_reduction,
+                cache=False,
             ) as model:
                 yield model
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SETTINGS, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 REVIEWS, JUDGED = "reviews.jsonl", "judged.json"
+BACKEND = "vision_backend"
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,24 @@ def start(folder: Path, plan: Plan, *, resume: bool, overwrite: bool) -> list[Re
     if settings.is_file() and not overwrite:
         if not resume:
             raise InputError(f"{folder} has a run already", hint="--resume goes on with it, --overwrite begins anew.")
-        _check_same(folder, _read_settings(folder), plan.settings)
+        _check_same(folder, _read_settings(folder), plan.settings, BACKEND)
         return _kept_records(folder, plan)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (SUMMARY, SAMPLES, REVIEWS, JUDGED):
         (folder / name).unlink(missing_ok=True)
     write_text(settings, json.dumps(plan.settings, indent=2, ensure_ascii=False) + "\n")
     return []
+
+
+def note_backend(folder: Path, backend: str) -> None:
+    """Write down what reads the run's pictures; InputError where something else has read the first of them."""
+    settings = _read_settings(folder)
+    if settings.get(BACKEND, backend) != backend:
+        raise InputError(
+            f"the pictures of {folder} were read by {settings[BACKEND]} so far, and would now be by {backend}",
+            hint=f"Name it with --vision-backend {settings[BACKEND]}, or begin anew with --overwrite.",
+        )
+    write_text(folder / SETTINGS, json.dumps({**settings, BACKEND: backend}, indent=2, ensure_ascii=False) + "\n")
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -219,14 +231,16 @@ def summary_of(settings: dict[str, Any], metrics: Metrics, headline: str, asked:
     kept = {key: settings[key] for key in ("task", "model", "options", "samples", "skipped", "shard")}
     return {
         **kept,
+        BACKEND: settings.get(BACKEND),
         "asked": asked,
         "headline": headline,
         "metrics": {name: asdict(metric) for name, metric in metrics.items()},
     }
 
 
-def finish(folder: Path, settings: dict[str, Any], records: list[Record]) -> dict[str, Any]:
+def finish(folder: Path, records: list[Record]) -> dict[str, Any]:
     """Write the summary and the task's own files beside it."""
+    settings = _read_settings(folder)
     task = make_task(settings["task"], settings["options"])
     asked = [record for record in records if not record.unreadable]
     summary = summary_of(settings, task.summarize(asked), task.headline, len(asked))
@@ -271,4 +285,4 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
     target.mkdir(parents=True, exist_ok=True)
     write_records(target / SAMPLES, records)
     write_text(target / SETTINGS, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-    return finish(target, settings, records)
+    return finish(target, records)

@@ -41,6 +41,7 @@ def measure_sharing(job: Job, progress: Progress) -> dict[str, Any]:
     return {
         "task": job.task,
         "model": plan.settings["model"],
+        "vision_backend": model.vision_backend,
         "pictures": len(rows),
         "questions": len(samples),
         "shared_seconds": float(times[:, 0].sum()),

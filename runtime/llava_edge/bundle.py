@@ -338,7 +338,7 @@ def embedded_models() -> dict[str, Path]:
 def resolve_model(name_or_dir: str | os.PathLike[str]) -> Bundle:
     """Open a bundle by its directory, or by the name of an embedded or a pulled model.
 
-    A directory without a manifest gives way to an embedded model of that name.
+    A directory without a manifest gives way to a model of that name.
     """
     directory = Path(name_or_dir)
     if (directory / MANIFEST_NAME).is_file():
@@ -347,10 +347,10 @@ def resolve_model(name_or_dir: str | os.PathLike[str]) -> Bundle:
     name = os.fspath(name_or_dir)
     if name in models:
         return open_bundle(models[name])
-    if directory.is_dir():
-        return open_bundle(directory)
     if _SAFE_NAME.match(name) and (models_dir() / name / MANIFEST_NAME).is_file():
         return open_bundle(models_dir() / name)
+    if directory.is_dir():
+        return open_bundle(directory)
     known = ", ".join(models) or "none"
     near = difflib.get_close_matches(name, models, n=1)
     if near:

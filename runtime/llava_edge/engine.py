@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_edge import native
-from llava_edge.errors import LlavaEdgeError, ModelError
+from llava_edge.errors import InputError, LlavaEdgeError, ModelError
 from llava_edge.gguf_check import check_gguf
 from llava_edge.llama_batch import Batches
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_CTX = 4096
+KV_TYPES = {"f16": 1, "q8_0": 8}  # ggml's numbers
+_FLASH_AUTO = -1
 # Keys of our own in a GGUF, for what llama.cpp's tokenizer leaves out.
 NFC_KEY = "llava_edge.tokenizer.nfc"
 ONE_SPACE_KEY = "llava_edge.tokenizer.one_space_prefix"
@@ -65,6 +67,10 @@ class Engine:
         Sequences that the cache holds.
     repack
         Whether llama.cpp may keep a copy of the weights in an order that its kernels read faster.
+    kv_type
+        What keys and values are kept in: ``"f16"``, or ``"q8_0"`` in half the memory, which changes answers a little.
+    flash_attention
+        Whether attention is computed in one pass; None leaves it to llama.cpp. Values in ``q8_0`` need it.
     observer
         llama.cpp's evaluation callback, for measurements; the caller keeps it alive.
     every_output
@@ -81,10 +87,21 @@ class Engine:
         n_batch: int = 512,
         n_seq_max: int = 1,
         repack: bool = True,
+        kv_type: str = "f16",
+        flash_attention: bool | None = None,
         observer: Any = None,
         every_output: bool = False,
     ) -> None:
+        if kv_type not in KV_TYPES:
+            raise InputError(f"kv_type is {kv_type!r}; expected one of {', '.join(KV_TYPES)}")
+        if kv_type != "f16" and flash_attention is False:
+            raise InputError(f"kv_type {kv_type} needs flash attention", hint="Take f16, or leave flash attention on.")
         self.path = Path(path)
+        self._settings: dict[str, str | int | bool | None] = {
+            "kv_type": kv_type,
+            "flash_attention": flash_attention,
+            "repack": repack,
+        }
         self.worker = native.Worker()
         self._library = native.llama()
         self._model: Any = None
@@ -98,6 +115,8 @@ class Engine:
             self.close()
             raise
         self.n_seq_max = n_seq_max
+        names = ("n_ctx", "n_batch", "n_seq_max", "n_threads", "n_gpu_layers")
+        self._settings.update({name: getattr(self, name) for name in names})
         self._past = [0] * n_seq_max
         self._batches = Batches(self._library, self.n_batch, n_seq_max, every_output)
 
@@ -110,6 +129,11 @@ class Engine:
         if model:
             self.worker.run(functools.partial(self._library.llama_model_free, model))
         self.worker.close()
+
+    @property
+    def settings(self) -> Mapping[str, str | int | bool | None]:
+        """Everything besides the file on which the bits of an evaluation may depend, on one machine."""
+        return self._settings
 
     @property
     def stop_wanted(self) -> bool:
@@ -385,6 +409,9 @@ class Engine:
         params.n_outputs_max = params.n_batch if every_output else n_seq_max
         params.n_threads = params.n_threads_batch = self.n_threads
         params.kv_unified = n_seq_max == 1
+        params.type_k = params.type_v = KV_TYPES[str(self._settings["kv_type"])]
+        wanted = self._settings["flash_attention"]
+        params.flash_attn_type = _FLASH_AUTO if wanted is None else int(wanted)
         params.no_perf = True
         self._abort = library.ggml_abort_callback(lambda _data: self.stop_wanted)
         params.abort_callback = self._abort
@@ -394,7 +421,8 @@ class Engine:
         self._context = self.worker.run(functools.partial(library.llama_init_from_model, self._model, params))
         if not self._context:
             raise ModelError(
-                f"no room for a context of {params.n_ctx} tokens{_because()}", hint="Take a smaller n_ctx."
+                f"no room for a context of {params.n_ctx} tokens{_because()}",
+                hint="Take a smaller n_ctx, or kv_type f16.",
             )
         self.n_ctx: int = library.llama_n_ctx_seq(self._context)
         if self.n_ctx > self.n_ctx_train:

@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llava_edge.engine import Engine, EngineError
 from llava_edge.errors import ContextFullError
 from llava_edge.prompt import ImageRef, TokenRun, Unit
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from llava_edge.engine import Engine
     from llava_edge.vision import EncodedImage
 
 
@@ -85,6 +85,14 @@ class KvCache:
                 prefill: Prefill = done.value
                 return prefill
 
+    def read_ahead(self, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:
+        """Evaluate units with which a prompt is going to begin. There are no logits afterwards."""
+        have = [entry.unit for entry in self._entries]
+        kept = self._keep(next((n for n, unit in enumerate(units) if n >= len(have) or have[n] != unit), len(units)))
+        for unit in units[kept:]:
+            for _ in self._evaluate(unit, images, last=False):
+                pass
+
     def prefill_steps(
         self, units: Sequence[Unit], images: Mapping[str, EncodedImage]
     ) -> Generator[None, None, Prefill]:
@@ -96,7 +104,7 @@ class KvCache:
                 f"the prompt has {needed} tokens and the context {self._engine.n_ctx}; an answer needs room too",
                 hint="Load the model with a larger n_ctx (--n-ctx), shorten the question, or reset the conversation.",
             )
-        kept = self._keep(self._common(units))
+        kept = self._keep(self.common(units))
         for index, unit in enumerate(units[kept:], kept):
             if index > kept:
                 yield
@@ -117,6 +125,10 @@ class KvCache:
         """Logits after the last unit, ``float32 [V]``."""
         return self._engine.logits()
 
+    def common(self, units: Sequence[Unit]) -> int:
+        """How many of the first of these units are in the cache and can stay."""
+        return common_units([entry.unit for entry in self._entries], units)
+
     def clear(self) -> None:
         """Forget everything."""
         self._keep(0)
@@ -131,8 +143,18 @@ class KvCache:
         saved.load(self._engine, self.seq)
         self._entries.extend(saved.entries)
 
-    def _common(self, units: Sequence[Unit]) -> int:
-        return common_units([entry.unit for entry in self._entries], units)
+    def adopt(self, state: ctypes.Array[ctypes.c_uint8], entries: Sequence[Entry]) -> bool:
+        """Put a state that another process saved, cut to these entries, in place of everything; False if it is none."""
+        self._entries.clear()
+        try:
+            self._engine.restore_state(self.seq, state, entries[-1].end)
+        except EngineError:
+            return False
+        if self._engine.position(self.seq) != entries[-1].end:  # a model that can't forget a part
+            self._keep(0)
+            return False
+        self._entries.extend(entries)
+        return True
 
     def _keep(self, count: int) -> int:
         """Cut the list first and the cache to fit it; 0 if the model can only forget everything."""
@@ -204,6 +226,11 @@ class SavedCache:
         engine.save_state(seq, self._state)
 
     @property
+    def data(self) -> memoryview:
+        """The copy's bytes."""
+        return memoryview(self._state).cast("B")
+
+    @property
     def units(self) -> tuple[Unit, ...]:
         """What the copy holds."""
         return tuple(entry.unit for entry in self.entries)
@@ -211,6 +238,18 @@ class SavedCache:
     def load(self, engine: Engine, seq: int) -> None:
         """Put the copy into a sequence of the engine's cache."""
         engine.restore_state(seq, self._state, self.entries[-1].end if self.entries else 0)
+
+
+def entries_of(units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> list[Entry]:
+    """The entries that these units give in an empty cache."""
+    entries: list[Entry] = []
+    tokens = end = 0
+    for unit in units:
+        chunks = images[unit.key].chunks if isinstance(unit, ImageRef) else ()
+        tokens += len(unit.ids) if isinstance(unit, TokenRun) else sum(chunk.n_tokens for chunk in chunks)
+        end += len(unit.ids) if isinstance(unit, TokenRun) else sum(chunk.n_pos for chunk in chunks)
+        entries.append(Entry(unit, tokens, end))
+    return entries
 
 
 def common_units(held: Sequence[Unit], units: Sequence[Unit]) -> int:

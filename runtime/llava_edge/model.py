@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from llava_edge import images, store
-from llava_edge.bundle import Bundle, embedded_models, resolve_model
+from llava_edge.budget import DEFAULT_SECONDS, choose, pace_of
+from llava_edge.bundle import MANIFEST_NAME, Bundle, embedded_models, resolve_model
+from llava_edge.cache import DiskCache
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError, ModelError
 from llava_edge.generate import TokenLoop
@@ -22,15 +25,17 @@ from llava_edge.gguf_mmproj import known_defects
 from llava_edge.kv_cache import KvCache
 from llava_edge.onnx_check import check_onnx
 from llava_edge.prompt import BundleFormat, ChatFormat, ImageRef, PromptTokenizer
+from llava_edge.remembered import Remembered
 from llava_edge.trial import require_trial
 from llava_edge.vision import EncodedImage
-from llava_edge.vision.tokens import pool, pooled_counts, pooled_grid
+from llava_edge.vision.tokens import METHODS, pooled_counts, pooled_grid, reduce
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
+    from llava_edge.ahead import Ahead
     from llava_edge.bundle import VisualTokens
     from llava_edge.chat_template import TemplateFormat
     from llava_edge.generate import Chooser, Generation
@@ -39,11 +44,13 @@ if TYPE_CHECKING:
     from llava_edge.types import ImageSpec
     from llava_edge.vision import VisionEncoder
     from llava_edge.vision.anyres import Layout
+    from llava_edge.vision.mtmd import MtmdEncoder
 
 log = logging.getLogger(__name__)
 
 DEFAULT_MODEL = "nano"
-# Embeddings of pictures that no conversation holds any more are kept up to this size.
+# Embeddings of so many pictures, up to this size, are kept although no conversation holds them any more.
+ENCODED_PICTURES = 16
 ENCODED_BYTES = 256 * 1024 * 1024
 
 
@@ -55,9 +62,14 @@ def load(
     n_ctx: int | None = None,
     n_threads: int | None = None,
     n_gpu_layers: int | None = None,
-    image_tokens: int | None = None,
+    image_tokens: int | Literal["auto"] | None = None,
+    ttft_budget: float | None = None,
+    image_reduction: str = "pool",
     vision_backend: str = "auto",
     n_seq_max: int = 1,
+    kv_type: str = "f16",
+    flash_attention: bool | None = None,
+    cache: bool = True,
     verbose: bool = False,
 ) -> Model:
     """Load a model.
@@ -77,11 +89,24 @@ def load(
         Layers of the language model on the GPU, -1 is all; None is all where llama.cpp was built for a GPU.
     image_tokens
         Tokens of a picture (of each tile, where pictures are tiled), for bundles; None is the manifest's default.
+        ``"auto"`` is the most that the model has learnt and this machine reads within ``ttft_budget``.
+    ttft_budget
+        Seconds until the first token of an answer about a picture, for ``"auto"``; None is 3.
+    image_reduction
+        How a picture's tokens become fewer: ``"pool"``, which models are trained for, ``"grid"``, ``"random"`` or
+        ``"diversity"``.
     vision_backend
         What runs the vision tower: ``"onnx"``, ``"mtmd"``, or ``"auto"`` for the first in the manifest's order that
         passes the self-check.
     n_seq_max
         Conversations that the KV cache holds side by side, each with a context of its own; a chat uses the first.
+    kv_type
+        What the KV cache holds: ``"f16"``, or ``"q8_0"`` in half the memory, which changes answers a little.
+    flash_attention
+        Whether attention is computed in one pass; None leaves it to llama.cpp.
+    cache
+        Keep embeddings of pictures and the KV cache up to a picture on disk, so that another process that asks about
+        the same picture needs neither encoding nor prefill of it. ``llava-edge cache info`` tells where and how much.
     verbose
         Log at level DEBUG what llama.cpp says (logger ``llava_edge.native``).
 
@@ -91,23 +116,41 @@ def load(
         No such model, a damaged file, or parts that don't belong together.
     """
     started = time.perf_counter()
-    counts = {"n_ctx": n_ctx, "n_threads": n_threads, "image_tokens": image_tokens, "n_seq_max": n_seq_max}
+    fixed = None if isinstance(image_tokens, str) else image_tokens
+    counts = {"n_ctx": n_ctx, "n_threads": n_threads, "image_tokens": fixed, "n_seq_max": n_seq_max}
     for name, value in counts.items():
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; expected 1 or more")
+    if ttft_budget is not None and (image_tokens not in (None, "auto") or ttft_budget <= 0):
+        what = f"ttft_budget is {ttft_budget}" if ttft_budget <= 0 else f"image_tokens is {image_tokens}"
+        raise InputError(f"{what}; a budget is above 0 and chooses image_tokens itself")
+    if isinstance(image_tokens, str) and image_tokens != "auto":
+        raise InputError(f"image_tokens is {image_tokens!r}; expected a number or 'auto'")
+    auto = image_tokens == "auto" or ttft_budget is not None
     if verbose:
         logging.getLogger("llava_edge").setLevel(logging.DEBUG)
     if llm or mmproj:
         parts = _raw_pair(model, llm, mmproj, vision_backend)
     else:
-        pulled = _pulled_pair(model or DEFAULT_MODEL, vision_backend)
-        parts = pulled or _bundle_parts(model or DEFAULT_MODEL, image_tokens, vision_backend)
-    if parts.bundle is None and image_tokens is not None:
+        pulled = _pulled_parts(model or DEFAULT_MODEL, vision_backend)
+        parts = pulled or _bundle_parts(model or DEFAULT_MODEL, fixed, vision_backend)
+    if parts.bundle is None and (image_tokens is not None or auto):
         raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
     _preflight(parts)
-    engine = Engine(parts.llm, n_ctx=n_ctx, n_threads=n_threads, n_gpu_layers=n_gpu_layers, n_seq_max=n_seq_max)
+    engine = Engine(
+        parts.llm,
+        n_ctx=n_ctx,
+        n_threads=n_threads,
+        n_gpu_layers=n_gpu_layers,
+        n_seq_max=n_seq_max,
+        kv_type=kv_type,
+        flash_attention=flash_attention,
+    )
     try:
-        return Model(engine, parts, started)
+        made = Model(engine, parts, started, DiskCache() if cache else None, image_reduction)
+        if auto:
+            made.choose_image_tokens(DEFAULT_SECONDS if ttft_budget is None else ttft_budget)
+        return made
     except BaseException:
         engine.close()
         raise
@@ -123,6 +166,13 @@ class Parts:
     bundle: Bundle | None = None
     image_tokens: int | None = None
     vision_backend: str = "auto"
+    hashes: Mapping[Path, str] = field(default_factory=dict)
+
+    @property
+    def contents(self) -> dict[Path, str | None]:
+        """Every file that answers depend on, with its SHA-256 where a manifest lists it."""
+        paths = {self.llm: None, **({self.mmproj: None} if self.mmproj else {})}
+        return {**paths, **self.hashes}
 
 
 @dataclass(frozen=True)
@@ -156,17 +206,24 @@ class Model:
     All chats of a model share one KV cache: each finds its own beginning there, or evaluates it again.
     """
 
-    def __init__(self, engine: Engine, parts: Parts, started: float) -> None:
+    def __init__(
+        self, engine: Engine, parts: Parts, started: float, disk: DiskCache | None = None, reduction: str = "pool"
+    ) -> None:
         self.name = parts.name
         self.image_tokens = parts.image_tokens
+        if reduction not in METHODS:
+            raise InputError(f"image_reduction is {reduction!r}; expected one of {', '.join(METHODS)}")
+        self.image_reduction = reduction
         self.engine = engine
         self.cache = KvCache(engine)
         self.answering: Generation | None = None
+        self.ahead: Ahead | None = None
         self._parts = parts
         self.vision_backend: str | None = None
         self._encoder: VisionEncoder | None = None
         self._newline: NDArray[np.float32] | None = None
         self._encoded: OrderedDict[str, EncodedImage] = OrderedDict()
+        self.remembered = Remembered(disk, engine, parts.contents) if disk is not None and disk.limit else None
         self.tokenizer = PromptTokenizer(engine)
         self._template: TemplateFormat | None = None
         self.format = self._make_format()
@@ -187,6 +244,9 @@ class Model:
 
     def close(self) -> None:
         """Free the memory; chats of this model can't be used any more."""
+        self.stop_ahead()
+        if self.remembered is not None:
+            self.remembered.close()
         if self._encoder is not None:
             self._encoder.close()
         self.engine.close()
@@ -252,6 +312,16 @@ class Model:
         spec, pad_color = self.picture_settings
         return arrange(name, images.read(source, spec, pad_color), spec)
 
+    def open_vision(self) -> str:
+        """Load the vision tower now instead of with the first picture; the name of the backend that runs it."""
+        bundle = self._parts.bundle
+        if bundle is not None:
+            self._load_encoder(bundle)
+        else:
+            self._load_raw_encoder()
+        assert self.vision_backend is not None
+        return self.vision_backend
+
     def encode(self, picture: Picture, image_tokens: int | None = None) -> EncodedImage:
         """The picture as the language model reads it. A picture is encoded once.
 
@@ -260,12 +330,28 @@ class Model:
         key = self.encoded_key(picture, image_tokens)
         encoded = self._encoded.get(key)
         if encoded is None:
-            encoded = self._encode(picture, key, image_tokens or self.image_tokens)
+            encoded = self._find_or_encode(picture, key, image_tokens or self.image_tokens)
             self._encoded[key] = encoded
-            while len(self._encoded) > 1 and sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES:
+            while len(self._encoded) > 1 and (
+                len(self._encoded) > ENCODED_PICTURES or sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES
+            ):
                 self._encoded.popitem(last=False)
         self._encoded.move_to_end(key)
+        if self._template is not None:
+            self._template.marked_images = encoded.marked
         return encoded
+
+    def encode_anew(self, picture: Picture) -> EncodedImage:
+        """The same, by the tower, whatever is known of the picture."""
+        return self._encode(picture, picture.key, self.image_tokens)
+
+    def choose_image_tokens(self, seconds: float) -> None:
+        """Take the most tokens a picture that the model has learnt and this machine reads in time."""
+        tokens = self.visual_tokens
+        if tokens is None:
+            raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
+        self.image_tokens = choose(pace_of(self), tokens.trained, seconds)
+        self.forget()
 
     def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
         """Whether :meth:`encode` would find the embeddings in memory."""
@@ -276,10 +362,37 @@ class Model:
         default = image_tokens in (None, self.image_tokens)
         return picture.key if default else f"{picture.key}-{image_tokens}"
 
+    def stop_ahead(self) -> None:
+        """Stop what a chat reads ahead."""
+        if self.ahead is not None:
+            self.ahead.cancel()
+            self.ahead = None
+
     def forget(self) -> None:
         """Empty the KV cache and drop all embeddings: the next question is answered as if it were the first."""
+        self.stop_ahead()
         self.cache.clear()
         self._encoded.clear()
+
+    def _find_or_encode(self, picture: Picture, key: str, image_tokens: int | None) -> EncodedImage:
+        """From the cache on disk if it is there."""
+        if self.remembered is None:
+            return self._encode(picture, key, image_tokens)
+        spec, _ = self.picture_settings
+        about = functools.partial(self.remembered.picture_key, picture.key, spec, image_tokens)
+        found = self.remembered.picture(key, about(self._backend(), self.image_reduction))
+        if found is None:
+            found = self._encode(picture, key, image_tokens)
+            self.remembered.keep_picture(about(self._backend(), self.image_reduction), found)
+        return found
+
+    def _backend(self) -> str:
+        """The vision backend that runs, or the one that is going to be tried first."""
+        if self.vision_backend is not None or self._parts.bundle is None:
+            return self.vision_backend or "mtmd"
+        from llava_edge.vision.backends import candidates
+
+        return candidates(self._parts.bundle, self._parts.vision_backend)[0]
 
     def _encode(self, picture: Picture, key: str, image_tokens: int | None) -> EncodedImage:
         bundle = self._parts.bundle
@@ -292,9 +405,11 @@ class Model:
             raise ModelError(
                 f"the vision tower gives {len(parts[0])} tokens a picture; the manifest says {tokens.full}"
             )
-        pooled = [pool(part, tokens.grid, image_tokens) for part in parts]
+        pooled = [reduce(part, tokens.grid, image_tokens, self.image_reduction) for part in parts]
         if picture.layout is None:
             return EncodedImage.of(key, pooled[0])
+        if self.image_reduction not in ("pool", "grid"):
+            raise InputError(f"image_reduction {self.image_reduction} leaves no rows, which tiled pictures need")
         from llava_edge.vision import anyres
 
         if self._newline is None:
@@ -304,6 +419,9 @@ class Model:
 
     def _encode_raw(self, picture: Picture, key: str) -> EncodedImage:
         """A picture of a raw pair, with everything that libmtmd puts around it."""
+        return EncodedImage(key, self._load_raw_encoder().encode_chunks(picture.image))
+
+    def _load_raw_encoder(self) -> MtmdEncoder:
         from llava_edge.vision.mtmd import MtmdEncoder
 
         if self._encoder is None:
@@ -311,10 +429,7 @@ class Model:
             self._encoder = MtmdEncoder(self._parts.mmproj, self.engine)
             self.vision_backend = "mtmd"
         assert isinstance(self._encoder, MtmdEncoder)
-        encoded = EncodedImage(key, self._encoder.encode_chunks(picture.image))
-        if self._template is not None:
-            self._template.marked_images = encoded.marked
-        return encoded
+        return self._encoder
 
     def _load_encoder(self, bundle: Bundle) -> VisionEncoder:
         if self._encoder is None:
@@ -352,19 +467,26 @@ def _require_mtmd(vision_backend: str) -> None:
         raise InputError(f"vision_backend is {vision_backend!r}; a raw pair of GGUF files runs only with mtmd")
 
 
-def _pulled_pair(model: str | os.PathLike[str], vision_backend: str) -> Parts | None:
-    """The files of a raw pair that was pulled, by its name or directory; None if it is something else."""
+def pulled_pair(model: str | os.PathLike[str]) -> store.Pulled | None:
+    """A raw pair that was pulled, by its name or directory; None if it is something else."""
     directory = Path(model)
     if (directory / store.PAIR_NAME).is_file():
         pulled: store.Pulled | None = store.open_pulled(directory)
-    elif directory.is_dir() or os.fspath(model) in embedded_models():
+    elif (directory / MANIFEST_NAME).is_file() or os.fspath(model) in embedded_models():
         return None
     else:
         pulled = store.find(os.fspath(model))
+    return pulled if pulled is not None and pulled.pair is not None else None
+
+
+def _pulled_parts(model: str | os.PathLike[str], vision_backend: str) -> Parts | None:
+    pulled = pulled_pair(model)
     if pulled is None or pulled.pair is None:
         return None
     _require_mtmd(vision_backend)
-    return Parts(pulled.name, pulled.directory / pulled.pair.file("llm"), pulled.directory / pulled.pair.file("mmproj"))
+    hashes = {pulled.directory / file.path: file.sha256 for file in pulled.files}
+    llm, mmproj = (pulled.directory / pulled.pair.file(role) for role in ("llm", "mmproj"))
+    return Parts(pulled.name, llm, mmproj, hashes=hashes)
 
 
 def _preflight(parts: Parts) -> None:
@@ -400,4 +522,5 @@ def _bundle_parts(model: str | os.PathLike[str], image_tokens: int | None, visio
         trained = ", ".join(map(str, tokens.trained))
         log.warning("%s has not learnt to read %d tokens a picture, only %s", manifest.name, count, trained)
     mmproj = bundle.file("mmproj") if bundle.has("mmproj") else None
-    return Parts(manifest.name, bundle.file("llm"), mmproj, bundle, count, vision_backend)
+    hashes = {bundle.directory / file.path: file.sha256 for file in manifest.files}
+    return Parts(manifest.name, bundle.file("llm"), mmproj, bundle, count, vision_backend, hashes)

@@ -172,6 +172,9 @@ class RemoteChat:
         """Read a picture now; it goes with the next question. ImageError says what is wrong with it."""
         self._pending.append(_picture(Path(path)))
 
+    def read_ahead(self) -> None:
+        """Nothing: the server gets pictures together with the question."""
+
     @property
     def turns(self) -> list[_ANSWER_TURN]:
         """Questions and answers so far: (role, text, names of pictures)."""

@@ -46,9 +46,9 @@ def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDA
     ids = _likeliest(logits, params.top_k)
     scores = logits[ids].astype(np.float64)
     probabilities = _softmax(scores)
-    # Enough of the likeliest to make up top_p, and always the first.
-    before = probabilities.cumsum() - probabilities
-    kept = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    kept = probabilities >= params.min_p * probabilities[0]
+    if params.top_p < 1:  # a sum that is rounded up to 1 must not cut the unlikely ones off
+        kept &= probabilities.cumsum() - probabilities < params.top_p  # enough of the likeliest to make it up
     kept[0] = True
     return ids[kept], _softmax(scores[kept] / params.temperature)
 

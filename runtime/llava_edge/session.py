@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from llava_edge.ahead import Ahead
 from llava_edge.errors import InputError
 from llava_edge.generate import Generation, generate
 from llava_edge.prompt import Answer, ImageRef, Segment
@@ -59,6 +60,7 @@ class ChatSession:
         self._turns: tuple[_Turn, ...] = ()
         self._pending: tuple[Picture, ...] = ()
         self._stream: Generator[Chunk, None, None] | None = None
+        self._ahead: Ahead | None = None
         self._closed = False
         model.format.turn(0, [], "?", system)  # a system message that the format can't hold is refused here
 
@@ -79,12 +81,45 @@ class ChatSession:
     def reset(self) -> None:
         """Forget all turns and pictures. An answer that is being streamed is stopped."""
         self._stop_stream()
+        self._drop_ahead()
         self._turns = self._pending = ()
+
+    def truncate(self, n_turns: int) -> None:
+        """Forget everything after the first turns, and pictures that were added to the next question."""
+        if not 0 <= n_turns <= len(self._turns):
+            raise InputError(f"n_turns is {n_turns}; the chat has {len(self._turns)}")
+        self._stop_stream()
+        self._turns, self._pending = self._turns[:n_turns], ()
 
     def add_image(self, source: ImageSource) -> None:
         """Read a picture now; it goes with the next question. ImageError says what is wrong with it."""
         picture = self._model.open_picture(source, self._picture_count() + 1)
+        self._drop_ahead()
         self._pending = (*self._pending, picture)
+
+    def read_ahead(self) -> None:
+        """Begin to encode and read the pictures that were added, while the question is not known yet.
+
+        It goes on in a thread of its own. The next question waits for it, and finds the pictures in the KV cache; a
+        picture more, :meth:`reset` and Ctrl-C stop it. While the model answers, nothing happens.
+        """
+        model = self._model
+        model.stop_ahead()
+        if self._pending and model.answering is None:
+            self._ahead = model.ahead = Ahead(model.engine, self._read_pictures)
+            model.ahead.start()
+
+    def _read_pictures(self) -> None:
+        model = self._model
+        encoded = tuple(model.encode(picture) for picture in self._pending)
+        turn = self._turn("?", self._pending, encoded)
+        units = model.tokenizer.units(self._history(turn))
+        known = self._known(turn)
+        if model.remembered is not None:
+            model.remembered.restore(model.cache, units, known)
+        last = max(number for number, unit in enumerate(units) if isinstance(unit, ImageRef))
+        if sum(image.n_tokens for image in known.values()) < model.engine.n_ctx:
+            model.cache.read_ahead(units[: last + 1], known)
 
     @property
     def turns(self) -> list[tuple[str, str, list[str]]]:
@@ -183,11 +218,19 @@ class ChatSession:
         if model.answering is not None:
             raise InputError("the model is answering in another chat", hint="Finish or close that stream first.")
         try:
+            if model.ahead is not None and model.ahead is self._ahead:
+                self._ahead.wait()
+        finally:
+            model.stop_ahead()
+        try:
             model.answering = generation
             clock = _Clock(started)
             turn, prefill = self._prepare(text, sources, clock)
+            remember = self._remember(turn)
             for piece in generate(model.token_loop(generation, Sampler(params), max_tokens, stop), model.cache):
                 yield Chunk(piece)
+                next(remember, None)
+            next(remember, None)
             self._commit(turn, generation)
             yield Chunk("", self._reply(generation, prefill, clock))
         except (GeneratorExit, KeyboardInterrupt):
@@ -206,15 +249,39 @@ class ChatSession:
         began = time.perf_counter()
         encoded = tuple(model.encode(picture) for picture in pictures)
         encoded_at = time.perf_counter()
-        refs = [ImageRef(image.key) for image in encoded]
-        segments = model.format.turn(len(self._turns), refs, text, self._system)
-        turn = _Turn(text, tuple(segments), pictures, encoded)
+        turn = self._turn(text, pictures, encoded)
         units = model.tokenizer.units(self._history(turn))
-        known = {image.key: image for past in (*self._turns, turn) for image in past.encoded}
+        known = self._known(turn)
+        if model.remembered is not None:
+            model.remembered.restore(model.cache, units, known)
         prefill = model.cache.prefill(units, known)
         clock.encode_seconds = encoded_at - began
         clock.prefill_seconds = time.perf_counter() - encoded_at
         return turn, prefill
+
+    def _turn(self, text: str, pictures: tuple[Picture, ...], encoded: tuple[EncodedImage, ...]) -> _Turn:
+        refs = [ImageRef(image.key) for image in encoded]
+        segments = self._model.format.turn(len(self._turns), refs, text, self._system)
+        return _Turn(text, tuple(segments), pictures, encoded)
+
+    def _drop_ahead(self) -> None:
+        """Stop reading ahead, if it is this chat that does."""
+        if self._ahead is not None and self._model.ahead is self._ahead:
+            self._model.stop_ahead()
+        self._ahead = None
+
+    def _known(self, turn: _Turn) -> dict[str, EncodedImage]:
+        return {image.key: image for past in (*self._turns, turn) for image in past.encoded}
+
+    def _remember(self, turn: _Turn) -> Generator[None, None, None]:
+        """When it is first asked, keep the picture's part of the KV cache for other processes.
+
+        Later turns aren't: nobody else begins with this conversation. It is asked once the first words are out.
+        """
+        if self._model.remembered is not None and not self._turns:
+            units = self._model.tokenizer.units(self._history(turn))
+            self._model.remembered.keep_prefix(self._model.cache, units, self._known(turn))
+        yield
 
     def _history(self, turn: _Turn) -> list[Segment]:
         segments: list[Segment] = []

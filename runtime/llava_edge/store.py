@@ -96,21 +96,22 @@ def check_name(name: str) -> str:
 
 def open_pulled(directory: Path) -> Pulled:
     """Read a pulled model's manifest; ModelError says what is wrong with it."""
+    name = directory.resolve().name  # "." has none
     if (directory / MANIFEST_NAME).is_file():
         manifest = open_bundle(directory).manifest
-        return Pulled(directory.name, directory, manifest.source, manifest.license, manifest.files, None)
+        return Pulled(name, directory, manifest.source, manifest.license, manifest.files, None)
     path = directory / PAIR_NAME
     try:
         if path.stat().st_size > MAX_PAIR_BYTES:
             raise InputError(f"has more than {MAX_PAIR_BYTES} bytes")
         pair = Pair.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, InputError) as error:
-        raise ModelError(f"{path}: {error}", hint=f"Remove it and pull it again: {directory.name}") from None
+        raise ModelError(f"{path}: {error}", hint=f"Remove it and pull it again: {name}") from None
     for file in pair.files:
         found = directory / file.path
         if not found.is_file() or found.stat().st_size != file.bytes:
             raise ModelError(f"{found} is missing or has not its {file.bytes} bytes", hint="Pull the model again.")
-    return Pulled(directory.name, directory, pair.source, pair.license, pair.files, pair)
+    return Pulled(name, directory, pair.source, pair.license, pair.files, pair)
 
 
 def pulled_names() -> list[str]:

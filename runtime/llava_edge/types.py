@@ -10,6 +10,8 @@ from llava_edge.errors import InputError
 FitMode = Literal["pad", "crop", "squash", "anyres"]
 FIT_MODES: tuple[FitMode, ...] = ("pad", "crop", "squash", "anyres")
 MAX_TILES = 16  # a side
+MAX_GRID_PIXELS = 1 << 24  # of all tiles together
+MAX_GRIDS = 128
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,15 @@ class ImageSpec:
             raise InputError(f"image.grid has {len(self.grid)} entries; mode anyres needs some, the others none")
         if self.max_tiles < 0 or (self.max_tiles and self.mode != "anyres"):
             raise InputError(f"image.max_tiles is {self.max_tiles}; expected 1 or more with mode anyres, 0 otherwise")
+        if len(self.grid) > MAX_GRIDS:
+            raise InputError(f"image.grid has {len(self.grid)} entries; expected at most {MAX_GRIDS}")
         for pair in self.grid:
             if any(edge < 1 or edge % self.size or edge > MAX_TILES * self.size for edge in pair):
                 raise InputError(
                     f"image.grid has {list(pair)}; expected 1 to {MAX_TILES} times image.size = {self.size}"
                 )
+            if pair[0] * pair[1] > MAX_GRID_PIXELS:
+                raise InputError(f"image.grid has {list(pair)}; expected at most {MAX_GRID_PIXELS:,} pixels in all")
 
 
 @dataclass(frozen=True)

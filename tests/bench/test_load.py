@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.bench.load import Answer, make_scripts, messages_of, parted_at_tie, quantiles
+from llava_edge.bench.http_client import Answer, quantiles
+from llava_edge.bench.load import make_scripts, messages_of, parted_at_tie
 
 
 def test_texts_that_part_at_a_tie_are_told_from_wrong_ones() -> None:
@@ -43,4 +44,5 @@ def test_a_short_run_against_a_server_of_its_own(tiny_bundle: Path, pictures: li
         assert set(run["statuses"]) == {"200"}
         assert run["texts"]["compared"] == run["texts"]["same"] == run["answers"] > 0
         assert run["health_seconds"]["p50"] > 0
-    assert result["cancel_seconds"]["p50"] > 0
+    for kind in ("decode", "prefill", "picture"):
+        assert result["cancels"][f"{kind}_seconds_until_free"]["p50"] > 0

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -17,6 +18,7 @@ import pytest
 from fake_hub import FakeHub, Faults, fake_hub
 
 import llava_edge
+from llava_edge.errors import ModelError
 
 REPO = "someone/Tiny-GGUF"
 
@@ -104,6 +106,30 @@ def test_a_pulled_model_is_loaded_by_its_name_in_python(pull: Any, home: Path, m
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(home))
     with llava_edge.load("mine", n_threads=1) as model:
         assert model.name == "mine"
+
+
+def test_a_folder_of_the_same_name_hides_no_model(
+    pull: Any, hub: FakeHub, home: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is a model itself. Where one stands in a model's own folder, that is meant by a dot."""
+    hub.repositories["someone/bundle"] = {path.name: path.read_bytes() for path in tiny_bundle.iterdir()}
+    assert pull("pull", REPO, "--as", "pair").code == 0
+    assert pull("pull", "someone/bundle").code == 0
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    for name in ("pair", "bundle", "pictures"):
+        (tmp_path / name).mkdir()
+    for name, called in (("pair", "pair"), ("bundle", "tiny")):
+        with llava_edge.load(name, n_threads=1) as model:
+            assert model.name == called
+    with pytest.raises(ModelError, match="pictures is not a model"):
+        llava_edge.load("pictures")
+    shutil.copytree(tiny_bundle, tmp_path / "pair", dirs_exist_ok=True)
+    with llava_edge.load("pair", n_threads=1) as model:
+        assert model.name == "tiny"
+    monkeypatch.chdir(home / "models" / "pair")
+    with llava_edge.load(".", n_threads=1) as model:
+        assert model.name == "pair"
 
 
 def test_a_bundle_is_pulled_with_all_its_files(pull: Any, hub: FakeHub, home: Path, tiny_bundle: Path) -> None:
@@ -359,7 +385,7 @@ def test_ctrl_c_leaves_no_mess(pull: Any, hub: FakeHub, home: Path) -> None:
 
 
 def test_killed_anywhere_the_next_pull_completes(pull: Any, hub: FakeHub, home: Path) -> None:
-    """After so many bytes of the download; the boundaries of every write are in tests/runtime/test_kills.py."""
+    """After so many bytes of the download; the boundaries of every write are in tests/test_kills.py."""
     rng = random.Random(0)
     hub.faults = Faults(slow_seconds=0.01)
     for _ in range(3):

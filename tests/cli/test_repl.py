@@ -199,9 +199,9 @@ def test_a_piped_conversation_writes_answers_to_stdout_and_the_rest_to_stderr(ru
 
 
 def test_a_second_turn_costs_its_own_tokens_only(run, cat):
-    result = run("chat", "--stats", "--image", cat, stdin=f"{ANIMAL}\nWhat colour is it?\n")
+    result = run("chat", "--no-cache", "--stats", "--image", cat, stdin=f"{ANIMAL}\nWhat colour is it?\n")
     turns = [[int(number) for number in found] for found in re.findall(r"prefill (\d+) of (\d+) tokens", result.err)]
     assert len(turns) == 2
-    assert turns[0][0] == turns[0][1]
-    assert turns[1][0] < 40 < turns[1][1]
+    # Of the first turn more or less was read while it was typed.
+    assert turns[1][0] < 40 < turns[0][1] < turns[1][1]
     assert result.err.count("encode") == 1

@@ -14,6 +14,7 @@ import pytest
 from llava_edge.bundle import MANIFEST_NAME, open_bundle
 from llava_edge.convert import convert_checkpoint, parity
 from llava_edge.convert.gguf_file import tensor_types
+from llava_edge.convert.publish import working_directory
 from llava_edge.convert.quantize import LLM_TYPES, check_type
 from llava_edge.errors import InputError, ParityError
 
@@ -150,3 +151,20 @@ def test_the_module_can_be_run(checkpoint_dir: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["parity"]["llm"]["F16"]["kl_mean"] < 1e-3
     assert result.stderr == ""
+
+
+def test_what_a_killed_run_left_is_removed_and_what_another_writes_is_not(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    killed = tmp_path / ".bundle.x1.partial"
+    others = [tmp_path / ".bundle2.x1.partial", tmp_path / ".bundle.x1", tmp_path / "bundle.x1.partial"]
+    for directory in (killed, *others):
+        directory.mkdir()
+        (directory / "llm-F16.gguf").write_bytes(b"half")
+    with working_directory(output) as first:
+        assert not killed.exists()
+        (first / "llm-F16.gguf").write_bytes(b"half")
+        with working_directory(output) as second:
+            assert second != first
+        assert (first / "llm-F16.gguf").read_bytes() == b"half"
+        assert not second.exists()
+    assert sorted(tmp_path.iterdir()) == sorted(others)

@@ -126,6 +126,10 @@ def test_the_best_fit_shows_most_of_the_picture_and_wastes_least() -> None:
 def test_a_grid_needs_its_mode_and_whole_tiles() -> None:
     with pytest.raises(InputError, match=r"image.grid has \[28, 50\]"):
         ImageSpec(size=28, mean=(0, 0, 0), std=(1, 1, 1), mode="anyres", grid=((28, 50),))
+    with pytest.raises(InputError, match="at most 16,777,216 pixels in all"):
+        ImageSpec(size=2048, mean=(0, 0, 0), std=(1, 1, 1), mode="anyres", grid=((2048, 2048), (8192, 4096)))
+    with pytest.raises(InputError, match="has 129 entries; expected at most 128"):
+        ImageSpec(size=28, mean=(0, 0, 0), std=(1, 1, 1), mode="anyres", grid=((28, 56),) * 129)
     with pytest.raises(InputError, match="mode anyres needs some"):
         ImageSpec(size=28, mean=(0, 0, 0), std=(1, 1, 1), mode="anyres")
     with pytest.raises(InputError, match=r"image.max_tiles is 9; expected 1 or more with mode anyres"):

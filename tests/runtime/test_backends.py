@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,8 +30,19 @@ SPEC = ImageSpec(size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), mode="pad",
 KERNEL = np.random.default_rng(3).standard_normal((64, 3, 8, 8)).astype(np.float32) * 0.1
 
 
-def write_tower(path: Path, *, width: int = 64, size: int = 32, scale: float = 1.0, steps: int = 0) -> Path:
-    """Patches of 8 pixels, each times one matrix; ``steps`` large products of nothing make it slow."""
+def write_tower(
+    path: Path,
+    *,
+    width: int = 64,
+    size: int = 32,
+    scale: float = 1.0,
+    steps: int = 0,
+    shape: list[Any] | None = None,
+) -> Path:
+    """Patches of 8 pixels, each times one matrix; ``steps`` large products of nothing make it slow.
+
+    ``shape`` instead: the sum of all, in so many dimensions.
+    """
     nodes = [
         helper.make_node("Conv", ["pixels", "kernel"], ["patches"], kernel_shape=[8, 8], strides=[8, 8]),
         helper.make_node("Reshape", ["patches", "shape"], ["flat"]),
@@ -40,13 +52,19 @@ def write_tower(path: Path, *, width: int = 64, size: int = 32, scale: float = 1
         helper.make_node("MatMul", [f"step.{steps}", "narrow"], ["nothing"]),
         helper.make_node("Add", ["rows", "nothing"], ["embeddings"]),
     ]
+    if shape is not None:
+        nodes = [
+            helper.make_node("ReduceSum", ["pixels"], ["sum"], keepdims=0),
+            helper.make_node("Reshape", ["sum", "shape"], ["embeddings"]),
+        ]
     inputs = [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 3, size, size])]
-    outputs = [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, ["batch", (size // 8) ** 2, width])]
+    full = ["batch", (size // 8) ** 2, width] if shape is None else shape
+    outputs = [helper.make_tensor_value_info("embeddings", TensorProto.FLOAT, full)]
     tensors = [
         numpy_helper.from_array(KERNEL[:width] * scale, "kernel"),
-        numpy_helper.from_array(np.array([0, width, -1]), "shape"),
         numpy_helper.from_array(np.zeros((width, 2048 if steps else 1), np.float32), "widen"),
         numpy_helper.from_array(np.zeros((2048 if steps else 1, width), np.float32), "narrow"),
+        numpy_helper.from_array(np.array([0, width, -1] if shape is None else [1] * len(shape), np.int64), "shape"),
     ]
     if steps:
         tensors.append(numpy_helper.from_array(np.eye(2048, dtype=np.float32), "slow"))
@@ -104,6 +122,10 @@ def test_files_that_do_not_fit_are_refused_in_words(engine: Engine, tmp_path: Pa
         OnnxEncoder(write_tower(tmp_path / "narrow.onnx", width=48), SPEC, engine)
     with pytest.raises(ModelError, match="no vision tower for 32 pixels a side"):
         OnnxEncoder(write_tower(tmp_path / "large.onnx", size=64), SPEC, engine)
+    for shape in ([], [1], ["batch", 64]):
+        scalar = write_tower(tmp_path / "scalar.onnx", shape=shape)
+        with pytest.raises(ModelError, match=r"no vision tower: its output has the shape|can't be loaded"):
+            OnnxEncoder(scalar, SPEC, engine)
     (tmp_path / "broken.onnx").write_bytes(b"\x08\x0a" + b"\xff" * 100)
     with pytest.raises(ModelError, match="can't be loaded as a vision tower"):
         OnnxEncoder(tmp_path / "broken.onnx", SPEC, engine)
@@ -160,6 +182,24 @@ def test_a_backend_that_is_wrong_gives_way_to_the_next_with_a_warning(
         with pytest.raises(ModelError, match="onnx is wrong") as caught:
             model.chat().ask("What is it?", pictures[:1], max_tokens=1)
         assert "onnxruntime" in str(caught.value.hint)
+
+
+def test_a_machine_without_onnx_runtime_takes_the_next_backend(
+    with_onnx: Callable[..., Path],
+    pictures: list[Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # the import fails, as where no wheel fits
+    directory = with_onnx(of_mtmd=True)
+    with caplog.at_level(logging.WARNING), llava_edge.load(directory, n_threads=1, n_ctx=512) as model:
+        model.chat().ask("What is it?", pictures[:1], max_tokens=1)
+        assert model.vision_backend == "mtmd"
+    assert "ONNX Runtime, which runs vision-fp32.onnx, can't be loaded" in caplog.text
+    with llava_edge.load(directory, n_threads=1, n_ctx=512, vision_backend="onnx") as model:
+        with pytest.raises(ModelError, match="can't be loaded") as caught:
+            model.chat().ask("What is it?", pictures[:1], max_tokens=1)
+        assert caught.value.hint == "pip install --upgrade onnxruntime"
 
 
 def test_a_backend_without_a_file_is_refused_when_the_model_is_loaded(tiny_bundle: Path) -> None:

@@ -113,6 +113,36 @@ def test_two_chats_may_take_turns(tiny_model: llava_edge.Model, pictures: list[P
     assert mixed == expected
 
 
+def test_an_edited_last_turn_costs_what_was_edited(
+    tiny_model: llava_edge.Model, pictures: list[Path], forgetful: Callable[[], None]
+) -> None:
+    def talk(last: str) -> Any:
+        chat = tiny_model.chat()
+        chat.ask("What is it?", pictures[:2], max_tokens=6)
+        return chat.ask(last, max_tokens=6)
+
+    expected = talk("Where is the dog?").token_ids
+    forgetful()
+    before = talk("Why?")
+    edited = talk("Where is the dog?")
+    assert edited.token_ids == expected
+    # everything up to the first answer, which was chosen again from the kept logits' place
+    assert edited.usage.cached_tokens > edited.usage.image_tokens
+    assert edited.usage.cached_tokens >= before.usage.cached_tokens
+
+
+def test_chats_about_the_same_picture_share_it_turn_by_turn(
+    tiny_model: llava_edge.Model, pictures: list[Path], forgetful: Callable[[], None]
+) -> None:
+    chats = [tiny_model.chat(), tiny_model.chat(), tiny_model.chat()]
+    forgetful()
+    for question in ("What is it?", "Why?"):
+        for number, chat in enumerate(chats):
+            reply = chat.ask(f"{question} {number}", pictures[:1] if question == "What is it?" else [], max_tokens=4)
+            if question != "What is it?" or number > 0:
+                assert reply.usage.cached_tokens > reply.usage.image_tokens
+
+
 def test_streaming_gives_the_answer_in_pieces(chat: ChatSession, pictures: list[Path]) -> None:
     chunks = list(chat.stream("What is it?", pictures[:1], max_tokens=12))
     reply = chunks[-1].reply

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import http.client
-import http.server
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
 from PIL import Image
 
-from llava_edge.errors import ImageError, InputError
-from llava_edge.server.fetch import MAX_BYTES, fetch_now, is_public
+from llava_edge.errors import InputError
 from llava_edge.server.guard import Access, is_loopback, origins, read_keys
 
 from .conftest import Server, data_uri, question
@@ -197,99 +193,3 @@ def test_origins_and_hosts() -> None:
     assert all(is_loopback(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "::1"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"))
     assert Access(loopback=False).allows_host("anything")
-
-
-# Pictures by address
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        *("127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
-        *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fc00::1", "ff02::1", "::ffff:127.0.0.1"),
-        *("::ffff:10.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "192.0.2.1", "240.0.0.1"),
-    ],
-)
-def test_special_addresses_are_not_public(address: str) -> None:
-    assert not is_public(address)
-
-
-@pytest.mark.parametrize("address", ["93.184.216.34", "1.1.1.1", "2606:4700:4700::1111", "64:ff9b::101:101"])
-def test_public_addresses_are(address: str) -> None:
-    assert is_public(address)
-
-
-class _Pages(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        kind, _, rest = self.path[1:].partition("/")
-        if kind == "to":
-            self.send_response(302)
-            self.send_header("Location", rest)
-            self.end_headers()
-        elif kind == "large":
-            self.send_response(200)
-            self.end_headers()
-            try:
-                for _ in range(MAX_BYTES // (1 << 20) + 2):
-                    self.wfile.write(bytes(1 << 20))
-            except OSError:
-                self.close_connection = True
-        elif kind == "picture":
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"picture")
-        else:
-            self.send_error(404)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def site() -> Iterator[str]:
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Pages)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def only_localhost(address: str) -> bool:
-    return address == "127.0.0.1"
-
-
-def test_a_picture_is_fetched_after_a_redirect(site: str) -> None:
-    assert fetch_now(f"{site}/picture", only_localhost) == b"picture"
-    assert fetch_now(f"{site}/to//picture", only_localhost) == b"picture"
-
-
-@pytest.mark.parametrize(
-    ("path", "says"),
-    [
-        ("/missing", "status 404"),
-        ("/large", "more than"),
-        ("/to/file:///etc/passwd", "begin with http"),
-        ("/to/http://127.0.0.2/picture", "private network"),
-        ("/to/http://[::1]/picture", "private network"),
-        ("/to/http://user:word@127.0.0.1/", "name or password"),
-        ("/to//to//to//to//to//picture", "redirects more than"),
-    ],
-)
-def test_what_may_not_be_fetched(site: str, path: str, says: str) -> None:
-    with pytest.raises(ImageError, match=says):
-        fetch_now(site + path, only_localhost)
-
-
-def test_private_addresses_are_refused_under_any_name(
-    serve: Callable[..., Server], tiny_bundle: Path, site: str
-) -> None:
-    server = serve("--model", tiny_bundle, "--threads", 1, "--parallel", 1, "--allow-image-urls")
-    port = site.rpartition(":")[2]
-    for host in ("127.0.0.1", "localhost", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]"):
-        part = {"type": "image_url", "image_url": {"url": f"http://{host}:{port}/picture"}}
-        with pytest.raises(openai.BadRequestError, match=r"private network|is not known"):
-            server.client().chat.completions.create(
-                model="tiny",
-                messages=[{"role": "user", "content": [part]}],
-                max_tokens=1,  # type: ignore[list-item]
-            )

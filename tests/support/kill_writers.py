@@ -9,15 +9,22 @@ import hashlib
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from kills import kill_everywhere
+from kills import in_process, kill_everywhere, kill_inside_files
 
 
 def tree(directory: Path) -> dict[str, str]:
     """Every file below a directory with its content's hash."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _kill(*what: Any) -> int:
+    """Between the writes, and inside the files."""
+    return kill_everywhere(*what) + kill_inside_files(*what)
 
 
 def pull(root: Path) -> int:
@@ -119,6 +126,75 @@ def publish(root: Path) -> int:
     return kill_everywhere(root, prepare, act, check, check_complete)
 
 
+def _bundle(root: Path, act: Callable[[Path], object]) -> int:
+    """``act`` writes a bundle over an older one, which is that of the floats."""
+    from llava_edge.bundle import open_bundle
+
+    output, new = root / "work" / "bundle", root / "new"
+    assert in_process(lambda: act(new)) == 0
+    expected = tree(new)
+
+    def prepare() -> None:
+        shutil.rmtree(output.parent, ignore_errors=True)
+        shutil.copytree(root / "floats", output)
+        (output / "README.md").write_text("mine")
+
+    def check() -> None:
+        bundle = open_bundle(output)
+        bundle.verify()
+        assert (output / "README.md").read_text() == "mine"
+        visible = sorted(path.name for path in output.parent.glob("[!.]*"))
+        assert visible == ["bundle"], visible
+
+    def check_complete() -> None:
+        check()
+        found = tree(output)
+        del found["README.md"]
+        assert found == expected, (sorted(found), sorted(expected))
+        left = [path.name for path in output.parent.iterdir()]
+        assert left == ["bundle"], left
+
+    return _kill(output.parent, prepare, lambda: act(output), check, check_complete)
+
+
+def _floats(root: Path) -> tuple[Path, Path]:
+    """A tiny checkpoint, and its bundle of floats. What a conversion imports is there when the forks come."""
+    import torch
+
+    from llava_edge.convert import convert_checkpoint
+    from llava_edge.convert.tiny import FAMILIES, make
+
+    torch.set_num_threads(1)  # a fork has none of the threads
+    source, floats = root / "checkpoint", root / "floats"
+    make(FAMILIES["v1.5"], source)
+    convert_checkpoint(source, floats, llm_type="F16", mmproj_type="F16", vision="fp32", verify=False)
+    return source, floats
+
+
+def convert(root: Path) -> int:
+    """A whole conversion: float files, their quantisation, the manifest and the publication."""
+    from llava_edge.convert import convert_checkpoint
+
+    source, _ = _floats(root)
+
+    def act(output: Path) -> None:
+        convert_checkpoint(source, output, llm_type="Q8_0", mmproj_type="F16", verify=False, force=True)
+
+    return _bundle(root, act)
+
+
+def quantize(root: Path) -> int:
+    """A bundle of floats made smaller by llama.cpp."""
+    from llava_edge.convert import quantize_bundle
+
+    _, floats = _floats(root)
+
+    def act(output: Path) -> None:
+        quantize_bundle(floats, output, "Q8_0", mmproj_type="Q8_0", verify=False, force=True)
+
+    return _bundle(root, act)
+
+
 def checkpoint(root: Path) -> int:
     """The state of a training run, and a finished checkpoint in the place of an old one."""
     import torch
@@ -161,9 +237,40 @@ def checkpoint(root: Path) -> int:
         for name in ("model.pt", "tokenizer.pt"):
             assert (torch.load(root / "out" / name) == version).all()
 
-    return kill_everywhere(root, prepare, lambda: save(2), check, lambda: check((2,)))
+    return _kill(root, prepare, lambda: save(2), check, lambda: check((2,)))
+
+
+def cache(root: Path) -> int:
+    """Entries of the cache on disk, one in the place of another, and one that pushes others out."""
+    from llava_edge.cache import DiskCache, key_of
+
+    disk = DiskCache(root / "computed", limit=10_000)
+    old, new = key_of(number=1), key_of(number=2)
+
+    def prepare() -> None:
+        shutil.rmtree(root, ignore_errors=True)
+        disk.put("prefixes", old, [b"old" * 1000])
+        disk.put("embeddings", old, [b"old" * 1000])
+        os.utime(disk.root / "prefixes" / old, (1, 1))
+
+    def act() -> None:
+        disk.put("prefixes", new, [b"new" * 2000])
+        disk.put("embeddings", old, [b"old" * 1000])
+
+    def check() -> None:
+        for kind, key, good in (("prefixes", old, b"old"), ("embeddings", old, b"old"), ("prefixes", new, b"new")):
+            found = disk.get(kind, key)  # type: ignore[arg-type]
+            assert found is None or bytes(found) == good * (2000 if key == new else 1000)
+
+    def check_complete() -> None:
+        check()
+        assert disk.has("embeddings", old)
+        assert sum(found.n_bytes for found in disk.usage().values()) <= disk.limit
+
+    return kill_everywhere(root, prepare, act, check, check_complete)
 
 
 if __name__ == "__main__":
-    writer = {"pull": pull, "remove": remove, "publish": publish, "checkpoint": checkpoint}[sys.argv[1]]
+    writers = {each.__name__: each for each in (pull, remove, publish, convert, quantize, checkpoint, cache)}
+    writer = writers[sys.argv[1]]
     sys.stdout.write(f"{writer(Path(sys.argv[2]))}\n")

@@ -2,11 +2,13 @@
 
 A process is forked for each run. An audit hook counts what Python is about to change below a directory (files opened
 for writing, renames, links, deletions, new directories) and ends the process with SIGKILL, at once, at the chosen one.
+Native code that writes is killed inside a file: the kernel ends a process that writes beyond a limit on file sizes.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -82,3 +84,37 @@ def kill_everywhere(
         assert in_process(action) == 0, f"the run after a kill at write {number} failed"
         check_complete()
         number += 1
+
+
+def kill_inside_files(
+    root: Path,
+    prepare: Callable[[], object],
+    action: Callable[[], object],
+    check: Callable[[], object],
+    check_complete: Callable[[], object],
+) -> int:
+    """Kill ``action`` at the first, a middle and the last byte of each file that it leaves below ``root``, and check.
+
+    A file that is written before a smaller one is cut at that one's sizes instead. Returns the number of kills.
+    """
+    prepare()
+    assert in_process(action) == 0
+    sizes = {path.stat().st_size for path in root.rglob("*") if path.is_file() and not path.is_symlink()}
+    limits = sorted({limit for size in sizes if size for limit in (0, size // 2, size - 1)})
+    kills = 0
+    for limit in limits:
+        prepare()
+
+        def killed(limit: int = limit) -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            action()
+
+        status = in_process(killed)
+        assert status == -signal.SIGXFSZ, f"at {limit} bytes: exit status {status}"
+        kills += 1
+        check()
+        assert in_process(action) == 0, f"the run after a kill at {limit} bytes failed"
+        check_complete()
+    return kills

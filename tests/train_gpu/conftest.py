@@ -73,7 +73,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     (root / "samples.json").write_text(json.dumps({"colours": samples}))
     model = tiny_model(tokenizer)
     cache = features.build_cache(model, SPEC, root / "pictures", [f"{i}.png" for i in range(16)], root / "features")
-    parts.initialise_projector(model, *cache.statistics(), seed=0)
+    parts.initialise_projector(model, *cache.statistics(model.model.vision_tower, model.config), seed=0)
     data = DataConfig(samples="-", image_tokens=(16, 4), image_token_weights=(0.5, 0.5))
     checkpoint.save_checkpoint(root / "base", model, tokenizer, build.describe(model, SPEC, tokenizer, data))
     return root

@@ -134,6 +134,18 @@ def test_finetune_moves_projector_and_llm_and_the_tower_blocks_that_were_asked_f
     assert blocks == {"1"}  # of three blocks the last is not used by feature layer -2
 
 
+def test_what_enters_the_trained_blocks_is_cached_and_changes_nothing(
+    make: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    live = make("live", "finetune", "model.tower_blocks=1")
+    cached = make("kept", "finetune", "model.tower_blocks=1", f"data.cache_features={tmp_path / 'cache'}")
+    losses = [[record["loss"] for record in (train(recipe), log_of(recipe))[1]] for recipe in (live, cached)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # what is cached is in float16
+    before, after = weights(Path(cached.output + ".run") / "init"), weights(Path(cached.output))
+    blocks = {n.split("layers.")[1][0] for n in before if "vision" in n and not torch.equal(before[n], after[n])}
+    assert blocks == {"1"}
+
+
 def test_a_linear_projector_stays_one_matrix(make: Callable[..., Recipe], parts: Path) -> None:
     output = train(make("linear", "align", "model.projector=linear", "optim.steps=3"))
     model = LlavaForConditionalGeneration.from_pretrained(output, dtype=torch.float32)

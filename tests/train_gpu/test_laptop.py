@@ -76,7 +76,7 @@ def tiny_base(root: Path, tokenizer: PreTrainedTokenizerFast, names: list[str]) 
     )  # fmt: skip
     model = parts.assemble(Dinov2Model(vision), LlamaForCausalLM(text), tokenizer, (2, 3))
     cache = features.build_cache(model, SPEC, root / "pictures", names, root / "features")
-    parts.initialise_projector(model, *cache.statistics(), seed=0)
+    parts.initialise_projector(model, *cache.statistics(model.model.vision_tower, model.config), seed=0)
     data = DataConfig(samples="-", image_tokens=(16,), image_token_weights=(1.0,))
     checkpoint.save_checkpoint(root / "base", model, tokenizer, build.describe(model, SPEC, tokenizer, data))
 

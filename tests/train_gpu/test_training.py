@@ -13,6 +13,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from llava_edge.errors import InputError
+from llava_edge.train_gpu import build, checkpoint, features
 from llava_edge.train_gpu.config import Recipe
 from llava_edge.train_gpu.features import FeatureCache, encode_pixels
 from llava_edge.train_gpu.loop import Run, train
@@ -74,6 +75,37 @@ def test_finetune_without_adapters_moves_the_whole_llm_but_not_the_tower(workspa
     moved = changed(workspace, train(recipe(workspace, tmp_path / "out", "finetune")))
     assert "model.language_model.embed_tokens.weight" in moved
     assert not any("vision_tower" in name for name in moved)
+
+
+def test_blocks_that_the_cache_leaves_to_be_run_give_the_features_and_are_trained(
+    workspace: Path, tmp_path: Path
+) -> None:
+    model = build.load_model(str(workspace / "base"))
+    names = [f"{index}.png" for index in range(16)]
+    spec = build.image_spec(checkpoint.read_description(workspace / "base"), None)
+    short = features.build_cache(model, spec, workspace / "pictures", names, tmp_path / "features", 1)
+    states = torch.from_numpy(np.stack([short[name] for name in names])).float()
+    whole = FeatureCache(workspace / "features")
+    expected = torch.from_numpy(np.stack([whole[name] for name in names])).float()
+    with torch.no_grad():
+        found = features.through_blocks(model.model.vision_tower, model.config, states, 1)
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05)  # bfloat16 where the CPU has it
+
+    changes = (f"data.features={tmp_path / 'features'}", "model.tower_blocks=1")
+    moved = changed(workspace, train(recipe(workspace, tmp_path / "out", "finetune", 4, *changes)))
+    assert {name.split("layer.")[1][0] for name in moved if "vision_tower" in name} == {"2"}
+    # Frozen, they are run all the same.
+    frozen = changed(workspace, train(recipe(workspace, tmp_path / "frozen", "align", 0, changes[0])))
+    assert {name.split(".")[1] for name in frozen} == {"multi_modal_projector"}
+    with pytest.raises(InputError, match="leave 1 blocks"):
+        Run(recipe(workspace, tmp_path / "more", "finetune", 4, changes[0], "model.tower_blocks=2"))
+
+
+def test_a_cache_cant_begin_behind_a_layer_that_is_read(workspace: Path, tmp_path: Path) -> None:
+    model = build.load_model(str(workspace / "base"))
+    model.config.vision_feature_layer = [1, 3]
+    with pytest.raises(InputError, match="hidden state 1, which lies before the last 1 blocks"):
+        features.through_blocks(model.model.vision_tower, model.config, torch.zeros(1, 16, 32), 1)
 
 
 def test_training_lowers_the_loss(workspace: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from llava_edge.train_gpu.features import FeatureCache
+from llava_edge.train_gpu import build, checkpoint
+from llava_edge.train_gpu.features import FeatureCache, build_cache
 from llava_edge.train_gpu.words import align_words, picture_words, word_targets
 
 COLOURS = ("red", "green", "blue", "white")
@@ -39,7 +40,7 @@ def test_a_picture_speaks_its_colour(workspace: Path, tokenizer: PreTrainedToken
     before = {name: p.clone() for name, p in model.named_parameters() if "multi_modal_projector" not in name}
     cache = FeatureCache(workspace / "features")
     samples = json.loads((workspace / "samples.json").read_text())["colours"]
-    align_words(model, cache, samples, tokenizer, epochs={4: 150}, batch_size=16, lr=1e-2)
+    align_words(model, cache, samples, tokenizer, image_tokens=4, epochs=150, batch_size=16, lr=1e-2)
 
     table = model.get_input_embeddings().weight.detach()
     words = [tokenizer(f" {colour}")["input_ids"] for colour in COLOURS]
@@ -52,3 +53,19 @@ def test_a_picture_speaks_its_colour(workspace: Path, tokenizer: PreTrainedToken
         right += int(np.argmax(scores)) == index % 4
     assert right >= 14
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_the_blocks_behind_the_cache_learn_the_words_too(
+    workspace: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = build.load_model(str(workspace / "base"))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    spec = build.image_spec(checkpoint.read_description(workspace / "base"), None)
+    names = [f"{index}.png" for index in range(16)]
+    cache = build_cache(model, spec, workspace / "pictures", names, tmp_path / "features", 1)
+    samples = json.loads((workspace / "samples.json").read_text())["colours"]
+    align_words(model, cache, samples, tokenizer, image_tokens=4, epochs=2, batch_size=16)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    blocks = {name.split("layer.")[1][0] for name in moved if "vision_tower" in name}
+    assert blocks == {"2"}
+    assert not any("language_model" in name for name in moved)

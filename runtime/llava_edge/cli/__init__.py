@@ -26,6 +26,7 @@ COMMANDS = {
     "show": ("llava_edge.cli.models:show", "Show what is known of a model."),
     "remove": ("llava_edge.cli.models:remove", "Delete a pulled model."),
     "verify": ("llava_edge.cli.models:verify", "Compare models' files with their checksums."),
+    "cache": ("llava_edge.cli.cache:cache", "Show or delete what was computed once and kept on disk."),
     "doctor": ("llava_edge.cli.doctor:doctor", "Check this installation, its models and this machine."),
     "convert": ("llava_edge.cli.convert:convert", "Turn a checkpoint into a bundle that chat can run."),
     "quantize": ("llava_edge.cli.quantize:quantize", "Make a bundle smaller."),
@@ -33,6 +34,7 @@ COMMANDS = {
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
     "datagen": ("llava_edge.cli.datagen:datagen", "Make training data from captions and boxes."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
+    "native": ("llava_edge.cli.native:native", "Say where libllava_edge finds what it is built against."),
     "bench": ("llava_edge.cli.bench:bench", "Measure speed, memory and what quantisation costs."),
 }
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llava_edge.cli import debug_option, terminal
+from llava_edge.cli.model_options import image_tokens_option, threads_option, together, vision_backend_option
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from llava_edge.bench.record import Result
     from llava_edge.bench.speed.measure import SpeedSettings
 
@@ -31,31 +31,27 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str) -> tupl
         raise click.BadParameter(f"{value!r} is not a list of whole numbers such as 0,512") from None
 
 
+def _numbers_or_none(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    return None if value is None else _numbers(ctx, parameter, value)
+
+
 def _names(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     """Names with commas between them."""
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
-def _options(*options: Any) -> Callable[[Any], Any]:
-    def add(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_common = _options(
-    click.option("--threads", type=click.IntRange(1), help="Threads; default: one a core."),
-    click.option("--image-tokens", type=click.IntRange(1), help="Visual tokens a picture; default: the model's own."),
+_common = together(
+    threads_option,
+    image_tokens_option,
+    vision_backend_option,
     click.option("--quiet", is_flag=True, help="Show no progress."),
     debug_option,
 )
-_outputs = _options(
+_outputs = together(
     click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON, with the raw samples."),
     click.option("-o", "--output", metavar="FILE", type=PATH, help="Keep the record, for `bench compare`."),
 )
-_speed_options = _options(
+_speed_options = together(
     click.option(
         "--pp", "prompt_tokens", type=click.IntRange(1), default=512, show_default=True, help="Prompt length."
     ),
@@ -111,6 +107,7 @@ def speed(
     types: tuple[str, ...],
     mmproj_type: str,
     image_tokens: int | None,
+    vision_backend: str,
     as_json: bool,
     output: Path | None,
     quiet: bool,
@@ -138,7 +135,7 @@ def speed(
     _check_output(output)
     names = list(bundles) or ([] if shapes else ["nano"])
     asked = [(find_shape(shape), _llm_type(kind)) for shape in shapes for kind in types]
-    subjects, settings = open_subjects(names, image_tokens), _settings(**options)
+    subjects, settings = open_subjects(names, image_tokens, vision_backend), _settings(**options)
     with ExitStack() as stack:
         for shape, kind in asked:
             folder = stack.enter_context(synthetic_bundle(shape, kind, mmproj_type, _say(quiet)))
@@ -147,7 +144,94 @@ def speed(
     _show(result, as_json, output)
 
 
-_data_options = _options(
+@bench.command()
+@click.argument("bundle", required=False, metavar="[BUNDLE]")
+@click.option("--peer", required=True, metavar="PROGRAM", type=PATH, help="llama.cpp's llama-mtmd-cli.")
+@click.option("--peer-bench", metavar="PROGRAM", type=PATH, help="llama-bench; default: the one beside --peer.")
+@click.option("--synthetic", "shape", metavar="SHAPE", help="Random weights of a shape instead of BUNDLE.")
+@click.option("--type", "llm_type", default="Q4_K_M", show_default=True, help="Of a synthetic language model.")
+@click.option(
+    "--vision",
+    type=click.Choice(["int8", "fp32", "none"]),
+    default="int8",
+    show_default=True,
+    help="A synthetic tower for ONNX Runtime.",
+)
+@click.option("--image", "picture", required=True, metavar="FILE", type=PATH, help="The picture that is asked about.")
+@click.option("--question", default="Describe", show_default=True, help="The first question.")
+@click.option("--pairs", type=click.IntRange(1), default=5, show_default=True, help="Runs of ours and of the peer.")
+@click.option("--tokens", "counts", metavar="N,N…", callback=_numbers_or_none, help="Visual tokens; default: three.")
+@click.option("--tg", "answer_tokens", type=click.IntRange(1), default=32, show_default=True, help="Answer length.")
+@click.option("--processes", is_flag=True, help="Whole processes of both too.")
+@click.option("--threads", type=click.IntRange(1), help="Threads; default: one a core.")
+@_outputs
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@debug_option
+def ttft(
+    bundle: str | None,
+    peer: Path,
+    peer_bench: Path | None,
+    shape: str | None,
+    llm_type: str,
+    vision: str,
+    picture: Path,
+    question: str,
+    pairs: int,
+    counts: tuple[int, ...] | None,
+    answer_tokens: int,
+    processes: bool,
+    threads: int | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+) -> None:
+    """Time to the first token about a picture, beside llama.cpp's llama-mtmd-cli: runs alternate, files are the same.
+
+    The peer's time is what it says of itself: image encode, evaluation of picture and text, one token. Loading is a
+    row of its own. With -o the record is written after each pair, and the same command goes on with it.
+
+    \b
+    llava-edge bench ttft --peer build/bin/llama-mtmd-cli --synthetic llava-1.5-7b --image cat.jpg
+    """
+    from contextlib import ExitStack
+
+    from llava_edge import native
+    from llava_edge.bench.models import open_subject
+    from llava_edge.bench.report import ttft as table
+    from llava_edge.bench.speed.peer import check_program
+    from llava_edge.bench.speed.shapes import find_shape
+    from llava_edge.bench.speed.synthetic import add_onnx, synthetic_bundle
+    from llava_edge.bench.speed.ttft import TtftSettings, bench_ttft, default_counts
+
+    _check_output(output)
+    if shape and bundle:
+        raise click.UsageError("BUNDLE and --synthetic exclude each other")
+    check_program(peer)
+    beside = peer.parent / "llama-bench"
+    program = check_program(peer_bench) if peer_bench else beside if beside.is_file() else None
+    with ExitStack() as stack:
+        if shape:
+            wanted = find_shape(shape)
+            folder = stack.enter_context(synthetic_bundle(wanted, _llm_type(llm_type), "F16", _say(quiet)))
+            if vision != "none":
+                add_onnx(wanted, folder, vision)
+            subject = open_subject(folder)
+        else:
+            subject = open_subject(bundle or "nano")
+        settings = TtftSettings(
+            picture.absolute(),
+            pairs,
+            threads or native.default_threads(),
+            counts or default_counts(subject),
+            (question, question[::-1]),
+            answer_tokens,
+            processes,
+        )
+        result = bench_ttft(subject, peer.absolute(), program, settings, _say(quiet), output)
+    _show(result, as_json, output, table.markdown)
+
+
+_data_options = together(
     click.option("--data", metavar="FILE", type=PATH, help="Samples: LLaVA's JSON, captions, or a text (.txt)."),
     click.option("--images", metavar="DIR", type=PATH, help="Where its pictures are; default: beside it."),
     click.option("--split", default="dev", show_default=True, help="The part of a caption file."),
@@ -174,6 +258,7 @@ def quality(
     cache: Path | None,
     threads: int | None,
     image_tokens: int | None,
+    vision_backend: str,
     as_json: bool,
     output: Path | None,
     quiet: bool,
@@ -195,7 +280,8 @@ def quality(
     _check_output(output)
     if data is None:
         raise click.UsageError("quality needs --data: answers that are known")
-    subjects, base = open_subjects(list(bundles), image_tokens), open_subject(reference, image_tokens)
+    subjects = open_subjects(list(bundles), image_tokens, vision_backend)
+    base = open_subject(reference, image_tokens, vision_backend)
     settings = QualitySettings(threads or native.default_threads(), answer_tokens, text_chunks=limit)
     samples = read_data(data, images, split=split, limit=limit)
     result = bench_quality(subjects, base, samples, settings, cache or cache_dir() / "bench", _say(quiet))
@@ -206,7 +292,12 @@ def quality(
 @click.argument("source", type=PATH)
 @click.option("-o", "--output", required=True, metavar="DIR", type=PATH, help="Where the report goes.")
 @click.option("--types", callback=_names, help="Of the language model; default: nine from F16 to Q2_K.")
-@click.option("--mmproj-types", callback=_names, default="Q8_0", show_default=True, help="Of the vision tower.")
+@click.option("--vision", "vision_types", callback=_names, help="Of the ONNX tower: fp32, int8, or both.")
+@click.option("--mmproj-types", callback=_names, help="Of the tower that llama.cpp runs: F16, Q8_0 and others.")
+@click.option(
+    "--task", "tasks", metavar="NAME=DIR", multiple=True, help="A task of `eval` and its data, such as easy-vqa=DIR."
+)
+@click.option("--task-limit", type=click.IntRange(1), default=200, show_default=True, help="The most samples a task.")
 @_data_options
 @click.option("--memory-limit", type=click.FloatRange(0, min_open=True), default=4, show_default=True, help="In GB.")
 @click.option("--keep", is_flag=True, help="Keep the bundles that were made.")
@@ -218,7 +309,10 @@ def quants(
     source: Path,
     output: Path,
     types: tuple[str, ...],
+    vision_types: tuple[str, ...],
     mmproj_types: tuple[str, ...],
+    tasks: tuple[str, ...],
+    task_limit: int,
     data: Path | None,
     images: Path | None,
     split: str,
@@ -228,16 +322,19 @@ def quants(
     restart: bool,
     as_json: bool,
     image_tokens: int | None,
+    vision_backend: str,
     quiet: bool,
     **options: Any,
 ) -> None:
     """What each type costs: SOURCE, an F16 bundle or a checkpoint, is made in every type and measured.
 
-    Speed and memory, and with --data quality on answers given pictures. The report in --output is a table with plots
-    as Markdown, CSV, JSON and one page of HTML. A run that was stopped goes on with the same command.
+    Speed and memory, with --data quality on answers given pictures, and with --task what it scores. Every type of the
+    language model is tried with every tower; without --vision and --mmproj-types these are the ones that the bundle
+    runs with. The report in --output is a table with plots as Markdown, CSV, JSON and one page of HTML. A run that was
+    stopped goes on with the same command.
 
     \b
-    llava-edge bench quants my-F16 -o report --data captions.json --images pictures
+    llava-edge bench quants my-F16 -o report --data captions.json --images pictures --task easy-vqa=easy_vqa/data
     """
     from llava_edge.errors import require_extra
 
@@ -255,13 +352,25 @@ def quants(
         measured,
         QualitySettings(measured.threads, text_chunks=limit),
         int(memory_limit * 1e9),
+        vision_types,
     )
+    if vision_backend != "auto":
+        raise click.UsageError("--vision and --mmproj-types say what reads the pictures; leave --vision-backend away")
+    asked = [_read_task(task, images, task_limit) for task in tasks]
     samples = read_data(data, images, split=split, limit=limit) if data else None
-    if samples is None:
-        terminal.note("warning: without --data nothing tells what the types cost in quality")
+    if samples is None and not asked:
+        terminal.note("warning: without --data and --task nothing tells what the types cost in quality")
     try:
         result = bench_quants(
-            source, output, settings, samples, image_tokens=image_tokens, keep=keep, restart=restart, say=_say(quiet)
+            source,
+            output,
+            settings,
+            samples,
+            tasks=asked,
+            image_tokens=image_tokens,
+            keep=keep,
+            restart=restart,
+            say=_say(quiet),
         )
     except KeyboardInterrupt:
         terminal.note("stopped: the same command goes on from here")
@@ -293,6 +402,16 @@ def compare(first: Path, second: Path, as_json: bool) -> None:
     terminal.data(json.dumps(compared.to_dict()) + "\n" if as_json else comparing.markdown(compared))
 
 
+def _read_task(text: str, images: Path | None, limit: int) -> Any:
+    """A task from ``NAME=DIR``."""
+    from llava_edge.bench.quants.tasks import read_task
+
+    name, equals, folder = text.partition("=")
+    if not equals or not name or not folder:
+        raise click.UsageError(f"--task is {text!r}; expected NAME=DIR, such as easy-vqa=easy_vqa/data")
+    return read_task(name, Path(folder), images, limit)
+
+
 def _llm_type(name: str) -> str:
     from llava_edge.bench.models import LLM_TYPES
     from llava_edge.convert.quantize import check_type
@@ -312,7 +431,7 @@ def _check_output(output: Path | None) -> None:
         raise InputError(f"can't write {output}", hint="Name a file in a directory that exists.")
 
 
-def _show(result: Result, as_json: bool, output: Path | None) -> None:
+def _show(result: Result, as_json: bool, output: Path | None, table: Callable[[Result], str] | None = None) -> None:
     from llava_edge.bench.record import write_atomically
     from llava_edge.bench.report import text
 
@@ -320,4 +439,4 @@ def _show(result: Result, as_json: bool, output: Path | None) -> None:
         write_atomically(output, result.to_json())
     for warning in result.warnings:
         terminal.note(f"warning: {warning}")
-    terminal.data(result.to_json() if as_json else text.summary(result))
+    terminal.data(result.to_json() if as_json else (table or text.summary)(result))

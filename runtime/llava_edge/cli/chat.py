@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, log, terminal
+from llava_edge.cli.model_options import cache_options, how_it_runs, image_token_choice, which_model
 from llava_edge.errors import InputError, ModelError
 from llava_edge.types import SamplingParams
 
@@ -20,16 +21,6 @@ if TYPE_CHECKING:
     from llava_edge.session import ChatSession
 
 MAX_STDIN_BYTES = 16 * 1024 * 1024
-
-
-vision_backend_option = click.option(
-    "--vision-backend",
-    metavar="NAME",
-    type=click.Choice(["auto", "onnx", "mtmd"]),
-    default="auto",
-    show_default=True,
-    help="What reads pictures: auto, onnx or mtmd.",
-)
 
 
 @click.command(short_help="Ask about pictures: one question, or a conversation.")
@@ -42,9 +33,7 @@ vision_backend_option = click.option(
     type=click.Path(path_type=Path),
     help="A picture to ask about; may be given several times.",
 )
-@click.option("--model", metavar="NAME|DIR", help="A model's name or a bundle's directory.  [default: nano]")
-@click.option("--llm", metavar="GGUF", type=click.Path(path_type=Path), help="A language model; needs --mmproj.")
-@click.option("--mmproj", metavar="GGUF", type=click.Path(path_type=Path), help="Its vision tower and projector.")
+@which_model
 @click.option("--server", metavar="URL", help="Ask a running `llava-edge serve` instead of loading a model.")
 @click.option(
     "--api-key-file", metavar="FILE", type=click.Path(path_type=Path), help="With --server: its key, in the first line."
@@ -86,20 +75,9 @@ vision_backend_option = click.option(
 @click.option(
     "--max-tokens", metavar="N", type=click.IntRange(1), default=256, show_default=True, help="Longest answer."
 )
-@click.option(
-    "--n-ctx", metavar="N", type=click.IntRange(1), help="Context in tokens.  [default: the model's, at most 4096]"
-)
-@click.option(
-    "--threads", metavar="N", type=click.IntRange(1, 1024), help="CPU threads.  [default: the machine's cores]"
-)
-@click.option(
-    "--n-gpu-layers",
-    metavar="N",
-    type=click.IntRange(-1),
-    help="Layers on the GPU, -1 for all.  [default: all on Metal, else none]",
-)
-@click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Tokens per picture.  [default: the model's]")
-@vision_backend_option
+@how_it_runs
+@image_token_choice
+@cache_options
 @click.option("--json", "as_json", is_flag=True, help="With -p: print one JSON object with text, usage and timings.")
 @click.option("--stats", is_flag=True, help="Show times and speeds on stderr.")
 @click.option("--quiet", is_flag=True, help="Show nothing but answers and errors.")
@@ -164,10 +142,13 @@ def check_model_choice(options: dict[str, Any]) -> None:
 
 def check_server_choice(options: dict[str, Any], server: str | None, api_key_file: Path | None) -> None:
     """Refuse options that a server has decided on already."""
-    own = ("model", "llm", "mmproj", "n_ctx", "threads", "n_gpu_layers")
+    own = ("model", "llm", "mmproj", "n_ctx", "threads", "n_gpu_layers", "ttft_budget")
     given = [f"--{name.replace('_', '-')}" for name in own if options[name] is not None]
-    if options["vision_backend"] != "auto":
-        given.append("--vision-backend")
+    defaults = {"vision_backend": "auto", "kv_type": "f16", "flash_attention": "auto", "no_cache": False}
+    if options["image_tokens"] == "auto":
+        given.append("--image-tokens auto")
+    defaults["image_reduction"] = "pool"
+    given += [f"--{name.replace('_', '-')}" for name, value in defaults.items() if options[name] != value]
     if server is not None and given:
         raise click.UsageError(f"--server excludes {given[0]}: the server has loaded its model already")
     if server is None and api_key_file is not None:
@@ -202,8 +183,13 @@ def load_model(options: dict[str, Any], n_seq_max: int = 1) -> Model:
         n_threads=options["threads"],
         n_gpu_layers=options["n_gpu_layers"],
         image_tokens=options["image_tokens"],
+        ttft_budget=options["ttft_budget"],
+        image_reduction=options["image_reduction"],
         vision_backend=options["vision_backend"],
         n_seq_max=n_seq_max,
+        kv_type=options["kv_type"],
+        flash_attention={"auto": None, "on": True, "off": False}[options["flash_attention"]],
+        cache=not options["no_cache"],
         verbose=log.isEnabledFor(logging.DEBUG),
     )
 

@@ -12,6 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, terminal
+from llava_edge.cli.model_options import (
+    how_it_runs,
+    image_reduction_option,
+    image_tokens_option,
+    together,
+    which_model,
+)
 
 if TYPE_CHECKING:
     from llava_edge.bench.tasks.evaluate import Job, Outcome
@@ -20,56 +27,21 @@ PATH = click.Path(path_type=Path)
 
 
 def model_options(command: Any) -> Any:
-    """Which model, and how it is run."""
-    for option in reversed(
-        (
-            click.option(
-                "--model", metavar="NAME|DIR", help="A model's name or a bundle's directory.  [default: nano]"
-            ),
-            click.option("--llm", metavar="GGUF", type=PATH, help="A language model; needs --mmproj."),
-            click.option("--mmproj", metavar="GGUF", type=PATH, help="Its vision tower and projector."),
-            click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Visual tokens a picture."),
-            click.option("--n-ctx", metavar="N", type=click.IntRange(1), help="Context in tokens."),
-            click.option("--threads", metavar="N", type=click.IntRange(1, 1024), help="Threads.  [default: the cores]"),
-            click.option("--n-gpu-layers", metavar="N", type=click.IntRange(-1), help="Layers on the GPU."),
-            click.option("--system", metavar="TEXT", help="The system message."),
-            click.option(
-                "--image-mode",
-                type=click.Choice(["pad", "crop", "squash"]),
-                help="How pictures are brought to the tower's square.  [default: the bundle's]",
-            ),
-            click.option("--prompt-format", metavar="NAME", help="vicuna_v1, llava_v1, mistral_instruct, …"),
-            click.option("--feature-layers", metavar="N[,N]", help="The tower's layers that the projector reads."),
-        )
-    ):
-        command = option(command)
-    return command
+    """Which model, how it is run, and the ablations."""
+    return which_model(how_it_runs(image_tokens_option(ablations(command))))
 
 
-def run_options(command: Any) -> Any:
-    """What is asked, where the answers go, what is shown."""
-    for option in reversed(
-        (
-            click.option("--images", metavar="DIR", type=PATH, multiple=True, help="Where the pictures are."),
-            click.option("--limit", metavar="N", type=click.IntRange(1), help="Only the first so many samples."),
-            click.option("--max-tokens", metavar="N", type=click.IntRange(1), help="Longest answer."),
-            click.option("--skip-bad", is_flag=True, help="Leave malformed entries out, and count them."),
-            click.option("-o", "--output", metavar="DIR", type=PATH, help="The run's folder.  [default: eval-runs/…]"),
-            click.option("--resume", is_flag=True, help="Go on with a run that was stopped."),
-            click.option("--overwrite", is_flag=True, help="Begin a run anew."),
-            click.option("--shard", metavar="K/N", callback=parse_shard, help="Only part K of N; see merge."),
-            click.option(
-                "--measure-sharing",
-                is_flag=True,
-                help="Instead of a run: measure what it saves to read a picture once for all its questions.",
-            ),
-            click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
-            click.option("--quiet", is_flag=True, help="Show no progress."),
-            debug_option,
-        )
-    ):
-        command = option(command)
-    return command
+ablations = together(
+    click.option("--system", metavar="TEXT", help="The system message."),
+    image_reduction_option,
+    click.option(
+        "--image-mode",
+        type=click.Choice(["pad", "crop", "squash"]),
+        help="How pictures are brought to the tower's square.  [default: the bundle's]",
+    ),
+    click.option("--prompt-format", metavar="NAME", help="vicuna_v1, llava_v1, mistral_instruct, …"),
+    click.option("--feature-layers", metavar="N[,N]", help="The tower's layers that the projector reads."),
+)
 
 
 def parse_shard(ctx: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int]:
@@ -80,6 +52,26 @@ def parse_shard(ctx: click.Context, parameter: click.Parameter, value: str | Non
     if not (slash and part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
         raise click.BadParameter(f"{value!r}; expected K/N, such as 1/4", ctx, parameter)
     return int(part), int(parts)
+
+
+run_options = together(
+    click.option("--images", metavar="DIR", type=PATH, multiple=True, help="Where the pictures are."),
+    click.option("--limit", metavar="N", type=click.IntRange(1), help="Only the first so many samples."),
+    click.option("--max-tokens", metavar="N", type=click.IntRange(1), help="Longest answer."),
+    click.option("--skip-bad", is_flag=True, help="Leave malformed entries out, and count them."),
+    click.option("-o", "--output", metavar="DIR", type=PATH, help="The run's folder.  [default: eval-runs/…]"),
+    click.option("--resume", is_flag=True, help="Go on with a run that was stopped."),
+    click.option("--overwrite", is_flag=True, help="Begin a run anew."),
+    click.option("--shard", metavar="K/N", callback=parse_shard, help="Only part K of N; see merge."),
+    click.option(
+        "--measure-sharing",
+        is_flag=True,
+        help="Instead of a run: measure what it saves to read a picture once for all its questions.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON."),
+    click.option("--quiet", is_flag=True, help="Show no progress."),
+    debug_option,
+)
 
 
 def task_options(command: Any) -> Any:
@@ -125,10 +117,9 @@ def make_choice(values: dict[str, Any]) -> Any:
             layers = tuple(int(layer) for layer in layers.split(","))
         except ValueError:
             raise click.UsageError(f"--feature-layers is {layers!r}; expected whole numbers such as 10,11") from None
-    plain = ("model", "llm", "mmproj", "image_tokens", "n_ctx", "threads", "n_gpu_layers", "system", "image_mode")
-    return ModelChoice(
-        **{name: values[name] for name in plain}, prompt_format=values["prompt_format"], feature_layers=layers
-    )
+    plain = ("model", "llm", "mmproj", "image_tokens", "image_reduction", "n_ctx", "threads", "n_gpu_layers")
+    changes = ("vision_backend", "system", "image_mode", "prompt_format")
+    return ModelChoice(**{name: values[name] for name in (*plain, *changes)}, feature_layers=layers)
 
 
 def run_task(

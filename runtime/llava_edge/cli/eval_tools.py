@@ -71,7 +71,7 @@ def judge(
         else:
             import llava_edge
 
-            judge = LocalJudge(stack.enter_context(llava_edge.load(local, n_threads=threads)))
+            judge = LocalJudge(stack.enter_context(llava_edge.load(local, n_threads=threads, cache=False)))
         step = stack.enter_context(progress_bar(quiet)(len(opened.records), 0, f"judge {judge.name}"))
         judged = review_run(opened, judge, rules=known, overwrite=overwrite, step=step, max_tokens=max_tokens)
     if as_json:

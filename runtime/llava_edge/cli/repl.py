@@ -99,6 +99,7 @@ class Repl:
         """Add the pictures of the command line, then answer line by line."""
         for path in images:
             self.session.add_image(path)
+        self.session.read_ahead()
         if not self.quiet:
             pictures = f", {_pictures(len(images))} with your first question" if images else ""
             terminal.note(f"{self.model.name}{pictures}. Ask about a picture; /help tells more, Ctrl-D leaves.")
@@ -180,6 +181,7 @@ class Repl:
     def add(self, path: Path) -> None:
         """Put a picture beside the next question."""
         self.session.add_image(path)
+        self.session.read_ahead()
         terminal.note(f"added {path.name}; it goes with your next question")
 
     def reset(self, rest: str) -> None:

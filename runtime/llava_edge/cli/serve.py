@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llava_edge.cli import debug_option, log, terminal
-from llava_edge.cli.chat import check_model_choice, load_model, vision_backend_option
+from llava_edge.cli.chat import check_model_choice, load_model
+from llava_edge.cli.model_options import cache_options, how_it_runs, image_token_choice, which_model
 from llava_edge.errors import require_extra
 
 if TYPE_CHECKING:
@@ -20,9 +21,7 @@ _MEBIBYTE = 1024 * 1024
 
 
 @click.command(short_help="Answer programs (OpenAI's protocol) and people (a web page).")
-@click.option("--model", metavar="NAME|DIR", help="A model's name or a bundle's directory.  [default: nano]")
-@click.option("--llm", metavar="GGUF", type=click.Path(path_type=Path), help="A language model; needs --mmproj.")
-@click.option("--mmproj", metavar="GGUF", type=click.Path(path_type=Path), help="Its vision tower and projector.")
+@which_model
 @click.option(
     "--host", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="0.0.0.0 lets other machines in."
 )
@@ -85,15 +84,9 @@ _MEBIBYTE = 1024 * 1024
     show_default=True,
     help="exact: every answer is what it would be alone. full: quicker under load.",
 )
-@click.option(
-    "--n-ctx", metavar="N", type=click.IntRange(1), help="Context in tokens.  [default: the model's, at most 4096]"
-)
-@click.option(
-    "--threads", metavar="N", type=click.IntRange(1, 1024), help="CPU threads.  [default: the machine's cores]"
-)
-@click.option("--n-gpu-layers", metavar="N", type=click.IntRange(-1), help="Layers on the GPU, -1 for all.")
-@click.option("--image-tokens", metavar="N", type=click.IntRange(1), help="Tokens per picture.  [default: the model's]")
-@vision_backend_option
+@how_it_runs
+@image_token_choice
+@cache_options
 @click.option("--quiet", is_flag=True, help="Show nothing but warnings and errors.")
 @debug_option
 def serve(

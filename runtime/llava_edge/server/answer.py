@@ -164,7 +164,10 @@ def answer(
             encoded[model.encoded_key(picture, count)] = model.encode(picture, count)
             yield None
     clock["encode_seconds"] = time.perf_counter() - started
-    prefill = yield from lane.cache.prefill_steps(model.tokenizer.units(segments), encoded)
+    units = model.tokenizer.units(segments)
+    if model.remembered is not None:
+        model.remembered.restore(lane.cache, units, encoded)
+    prefill = yield from lane.cache.prefill_steps(units, encoded)
     logits = model.engine.logits()
     clock["prefill_seconds"] = time.perf_counter() - started - clock["encode_seconds"]
     metrics.prompt(prefill.tokens, prefill.cached)
@@ -184,6 +187,8 @@ def answer(
             noted = recorder.take(len(generation.ids) <= before) if recorder else ()
             if text or noted:
                 job.emit(Piece(text, noted))
+            if before == 0 and len(request.turns) == 1 and model.remembered is not None:
+                model.remembered.keep_prefix(lane.cache, units, encoded)  # once the first word is out
             if loop.done:
                 break
             logits = yield generation.ids[-1]

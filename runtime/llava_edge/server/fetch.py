@@ -43,13 +43,13 @@ def fetch_now(url: str, allowed: Callable[[str], bool]) -> bytes:
         hang_up.start()
         try:
             connection.request("GET", _target(parts), headers={"Accept": "image/*", "User-Agent": "llava-edge"})
-            response = connection.getresponse()
-            if response.status in _REDIRECTS:
-                url = urljoin(url, response.getheader("Location") or "")
-                continue
-            if response.status != 200:
-                raise ImageError(f"the picture's server answers with status {response.status}")
-            return _read(connection, response, deadline)
+            with connection.getresponse() as response:
+                if response.status in _REDIRECTS:
+                    url = _next(url, response.getheader("Location") or "")
+                    continue
+                if response.status != 200:
+                    raise ImageError(f"the picture's server answers with status {response.status}")
+                return _read(connection, response, deadline)
         except ImageError:
             raise
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -63,16 +63,20 @@ def fetch_now(url: str, allowed: Callable[[str], bool]) -> bytes:
 def is_public(address: str) -> bool:
     """Whether a numeric address is one of the open net: not this machine's, a private network's or any special one."""
     ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if inner is not None:
-            ip = inner
-        elif ip in _NAT64:
-            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
+    if isinstance(ip, ipaddress.IPv6Address) and (ip.ipv4_mapped or ip in _NAT64):
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+    if ip.version == 6 and ip not in _UNICAST:
+        return False
+    special = any(ip in network for network in _SPECIAL)
+    return ip.is_global and not ip.is_multicast and not ip.is_reserved and not special
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_UNICAST = ipaddress.IPv6Network("2000::/3")  # all that is given out; Python calls the old site-local ones global
+# Protocols (Teredo is one), 6to4 and its relays, and documentation: nobody's server is there.
+_SPECIAL = tuple(
+    ipaddress.ip_network(text) for text in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20")
+)
 
 
 def _checked(url: str) -> SplitResult:
@@ -90,6 +94,13 @@ def _checked(url: str) -> SplitResult:
     if port == 0:
         raise ImageError("the picture's address has port 0")
     return parts
+
+
+def _next(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise ImageError("the picture's address redirects to one that is not valid") from None
 
 
 def _connect(parts: SplitResult, allowed: Callable[[str], bool], deadline: float) -> http.client.HTTPConnection:

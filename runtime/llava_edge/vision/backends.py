@@ -6,7 +6,7 @@ import logging
 from typing import TYPE_CHECKING, Literal
 
 from llava_edge.errors import InputError, ModelError
-from llava_edge.vision import selfcheck
+from llava_edge.vision import native, selfcheck
 
 if TYPE_CHECKING:
     from llava_edge.bundle import Bundle, Role
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Choice = Literal["auto", "onnx", "mtmd"]
-CHOICES: tuple[Choice, ...] = ("auto", "onnx", "mtmd")
-ROLE_OF: dict[str, Role] = {"onnx": "vision_onnx", "mtmd": "mmproj"}
+Choice = Literal["auto", "onnx", "mtmd", "native"]
+CHOICES: tuple[Choice, ...] = ("auto", "onnx", "mtmd", "native")
+ROLE_OF: dict[str, Role] = {"onnx": "vision_onnx", "mtmd": "mmproj", "native": "mmproj"}
 
 
 def candidates(bundle: Bundle, choice: str) -> list[str]:
@@ -25,7 +25,7 @@ def candidates(bundle: Bundle, choice: str) -> list[str]:
     if choice not in CHOICES:
         raise InputError(f"vision_backend is {choice!r}; expected one of {', '.join(CHOICES)}")
     manifest = bundle.manifest
-    usable: list[str] = [name for name in manifest.backends if name in ROLE_OF and bundle.has(ROLE_OF[name])]
+    usable: list[str] = [name for name in manifest.backends if bundle.has(ROLE_OF[name]) and _installed(name)]
     if choice == "auto" and usable:
         return usable
     if choice != "auto" and bundle.has(ROLE_OF[choice]):
@@ -35,6 +35,10 @@ def candidates(bundle: Bundle, choice: str) -> list[str]:
         f"{manifest.name} has no file for {wanted}; it ranks {', '.join(manifest.backends) or 'none'}",
         hint=f"It runs with: {', '.join(usable)}." if usable else "Convert it again with --vision int8.",
     )
+
+
+def _installed(name: str) -> bool:
+    return name != "native" or native.library_path() is not None
 
 
 def open_encoder(bundle: Bundle, engine: Engine, choice: str) -> tuple[str, VisionEncoder]:
@@ -69,6 +73,8 @@ def make_encoder(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
         from llava_edge.vision.onnx import OnnxEncoder
 
         return OnnxEncoder(path, bundle.manifest.image, engine)
+    if name == "native":
+        return native.NativeEncoder(path, engine)
     from llava_edge.vision.mtmd import MtmdEncoder
 
     return MtmdEncoder(path, engine)

@@ -49,6 +49,8 @@ class OnnxEncoder:
         self._session: Any = _open_session(self.path, n_threads or engine.n_threads)
         self._input = self._checked_input()
         (output,) = self._session.get_outputs()
+        if len(output.shape) != 3:
+            raise ModelError(f"{self.path} is no vision tower: its output has the shape {output.shape}, not [B, T, D]")
         width = output.shape[-1]
         if width != engine.n_embd:
             raise ModelError(
@@ -78,6 +80,8 @@ class OnnxEncoder:
             raise
         except Exception as error:  # ONNX Runtime raises a class of its own for every status
             raise ModelError(f"the vision tower {self.path} failed: {error}") from None
+        if batch.ndim != 3 or batch.shape[2] != self._engine.n_embd:
+            raise ModelError(f"the vision tower {self.path} gave embeddings of the shape {list(batch.shape)}")
         embeddings: NDArray[np.float32] = np.ascontiguousarray(batch[0], dtype=np.float32)
         if not np.isfinite(embeddings).all():
             raise ModelError(f"the vision tower {self.path} gave values that are not numbers")
@@ -128,7 +132,12 @@ def version() -> str:
 def _open_session(path: Path, n_threads: int) -> Any:
     if not path.is_file():
         raise ModelError(f"no such model file: {path}", hint="Check the path.")
-    import onnxruntime
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ModelError(
+            f"ONNX Runtime, which runs {path.name}, can't be loaded: {error}", hint="pip install --upgrade onnxruntime"
+        ) from None
 
     onnxruntime.set_default_logger_severity(_FATAL)
     options = onnxruntime.SessionOptions()

@@ -15,6 +15,7 @@ from llava_edge import native
 from llava_edge.bundle import probe_picture
 from llava_edge.errors import ModelError
 from llava_edge.paths import cache_dir
+from llava_edge.vision import native as native_library
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.99
-_LIBRARY = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime"}
+_LIBRARY = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime", "native": "libllava_edge"}
 
 
 def check(encoder: VisionEncoder, bundle: Bundle, role: Role, backend: str) -> float | None:
@@ -69,7 +70,7 @@ def _fingerprint(bundle: Bundle, role: Role, backend: str) -> str:
     status = path.stat()
     listed = next(file.sha256 for file in bundle.manifest.files if file.role == role)
     machine = (platform.machine(), platform.system(), native.llama().llama_print_system_info())
-    version = metadata.version(_LIBRARY[backend])
+    version = native_library.version() if backend == "native" else metadata.version(_LIBRARY[backend])
     facts = (listed, status.st_size, status.st_mtime_ns, bundle.manifest.probe, backend, version, machine)
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 

@@ -52,3 +52,46 @@ def pool(embeddings: NDArray[np.float32], grid: tuple[int, int], n_tokens: int) 
     cells = embeddings.reshape(left[0], cell, left[1], cell, -1)  # [R/c, c, C/c, c, D]
     pooled: NDArray[np.float32] = cells.mean(axis=(1, 3), dtype=np.float32).reshape(n_tokens, -1)
     return pooled
+
+
+METHODS = ("pool", "grid", "random", "diversity")
+
+
+def reduce(
+    embeddings: NDArray[np.float32], grid: tuple[int, int], n_tokens: int, method: str = "pool"
+) -> NDArray[np.float32]:
+    """Fewer of a picture's embeddings ``[R * C, D]``, in their order, by one of :data:`METHODS`.
+
+    ``pool`` is :func:`pool`, for which models are trained. The others keep some of the embeddings as they are:
+    ``grid`` one of each cell, ``random`` any (the same ones every time), ``diversity`` those that are least like the
+    ones that were taken before, by cosine.
+    """
+    if method not in METHODS:
+        raise InputError(f"image_reduction is {method!r}; expected one of {', '.join(METHODS)}")
+    pooled = pool(embeddings, grid, n_tokens)  # refuses wrong counts
+    if method == "pool" or n_tokens == len(embeddings):
+        return pooled
+    if method == "grid":
+        cells = pooled_grid(grid, n_tokens)
+        rows, columns = ((np.arange(cells[i]) * 2 + 1) * grid[i] // (2 * cells[i]) for i in (0, 1))
+        chosen = (rows[:, None] * grid[1] + columns).reshape(-1)
+    elif method == "random":
+        chosen = np.random.default_rng(n_tokens).permutation(len(embeddings))[:n_tokens]
+    else:
+        chosen = _most_different(embeddings, n_tokens)
+    kept: NDArray[np.float32] = embeddings[np.sort(chosen)]
+    return kept
+
+
+def _most_different(embeddings: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """Greedily the embedding whose nearest chosen one is farthest; the first is farthest from the mean."""
+    lengths = np.linalg.norm(embeddings, axis=1, keepdims=True)
+    unit = embeddings / np.maximum(lengths, np.finfo(np.float32).tiny)
+    chosen = np.empty(count, np.intp)
+    nearest = unit @ unit.mean(axis=0)
+    for number in range(count):
+        chosen[number] = last = int(nearest.argmin())
+        likeness = unit @ unit[last]
+        nearest = likeness if number == 0 else np.maximum(nearest, likeness)
+        nearest[chosen[: number + 1]] = np.inf
+    return chosen

@@ -15,7 +15,7 @@ import pytest
 
 from llava_edge.bench.quality.data import read_data
 from llava_edge.bench.quality.measure import QualitySettings
-from llava_edge.bench.quants.plan import QuantsSettings, Variant
+from llava_edge.bench.quants.plan import QuantsSettings, Tower, Variant, reference_tower, towers, variants
 from llava_edge.bench.quants.recommend import pareto, recommend
 from llava_edge.bench.quants.run import bench_quants
 from llava_edge.bench.record import Metric, ModelFile, Result, Row, read_result
@@ -24,7 +24,7 @@ from llava_edge.bench.report.files import write_report
 from llava_edge.bench.report.html import page
 from llava_edge.bench.speed.measure import SpeedSettings
 from llava_edge.bench.speed.repeat import Limits
-from llava_edge.bundle import open_bundle
+from llava_edge.bundle import BundleFile, open_bundle
 from llava_edge.errors import InputError
 
 SETTINGS = QuantsSettings(
@@ -104,6 +104,7 @@ def test_another_run_in_the_same_place_is_refused(output: Path, f16_bundle: Path
 def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, tmp_path: Path) -> None:
     """Killed after ever more lines of progress, that is in every kind of step."""
     command = [sys.executable, "-m", "llava_edge", "bench", "quants", f16_bundle, "--types", "Q4_0", "--data", captions]
+    command += ["--task", f"captions={captions.parent}", "--task-limit", "2"]
     command += ["--pp", "16", "--tg", "4", "--depth", "0", "--repetitions", "2", "--cold-starts", "0", "--threads", "1"]
     environment = {**os.environ, "PYTHONUTF8": "1"}
 
@@ -113,7 +114,7 @@ def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, t
             arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
         )
 
-    for lines in (2, 7, 4):
+    for lines in (2, 7, 4, 1, 9, 3, 6, 5, 8, 10):
         with start("killed") as child:
             for _ in range(lines):
                 child.stderr.readline()
@@ -124,6 +125,7 @@ def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, t
         assert child.returncode == 0, said
     killed, whole = (read_result(tmp_path / name / "report.json") for name in ("killed", "whole"))
     quality = ("kl_mean", "kl_p99", "top1_agreement", "perplexity", "perplexity_ratio", "same_text", "cider_d")
+    quality += ("captions cider_d",)
     for one, other in zip(killed.rows, whole.rows, strict=True):
         assert (one.label, one.files, set(one.metrics)) == (other.label, other.files, set(other.metrics))
         assert [one.metrics[name] for name in quality] == [other.metrics[name] for name in quality]
@@ -239,6 +241,24 @@ def test_what_makes_results_incomparable_is_pointed_out(result: Result) -> None:
         compare(result, replace(result, rows=(replace(result.rows[0], label="x"), replace(result.rows[0], label="y"))))
 
 
+def test_towers_are_those_that_the_backends_run_or_that_are_asked_for(f16_bundle: Path) -> None:
+    manifest = open_bundle(f16_bundle).manifest
+    onnx = BundleFile("vision-fp32.onnx", "vision_onnx", "0" * 64, 1, "fp32")
+    both = replace(manifest, files=(*manifest.files, onnx), backends=("onnx", "mtmd"))
+    clip = replace(both, backends=("onnx",))  # llama.cpp reads this tower wrongly
+    fp32, int8, q8 = Tower("vision_onnx", "fp32"), Tower("vision_onnx", "int8"), Tower("mmproj", "Q8_0")
+    assert towers(QuantsSettings(), manifest) == [q8]
+    assert towers(QuantsSettings(), both) == [fp32, int8, q8]
+    assert towers(QuantsSettings(), clip) == [fp32, int8]
+    assert towers(QuantsSettings(mmproj_types=("Q8_0",), vision_types=("INT8",)), both) == [int8, q8]
+    assert (reference_tower(manifest), reference_tower(both)) == (Tower("mmproj", "F16"), fp32)
+    assert [v.name for v in variants(QuantsSettings(("Q4_0",), ("Q8_0",)), both)] == ["F16-fp32", "Q4_0-Q8_0"]
+    with pytest.raises(InputError, match="runs with onnx: another mmproj would change nothing"):
+        towers(QuantsSettings(mmproj_types=("Q8_0",)), clip)
+    with pytest.raises(InputError, match="runs with mtmd: another vision_onnx would change nothing"):
+        towers(QuantsSettings(vision_types=("int8",)), manifest)
+
+
 def test_variants_are_named_for_files() -> None:
-    assert Variant("Q4_K_M", "Q8_0").name == "Q4_K_M-Q8_0"
+    assert Variant("Q4_K_M", Tower("mmproj", "Q8_0")).name == "Q4_K_M-Q8_0"
     assert json.loads(json.dumps(SETTINGS.facts(None)))["types"] == ["Q8_0", "Q4_0"]

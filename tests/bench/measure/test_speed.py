@@ -49,7 +49,7 @@ def test_the_record_tells_where_and_with_what(result: Result, tiny_bundle: Path)
     assert [file.sha256 for file in row.files] == [
         sha256_file(tiny_bundle / file.path) for file in open_bundle(tiny_bundle).manifest.files
     ]
-    assert (row.image_size, row.image_tokens) == (32, 4)
+    assert (row.image_size, row.image_tokens, row.vision_backend) == (32, 4, "mtmd")
     assert row.files[0].tensors == {"F32": 20}
     assert result.settings["threads"] == 1
     assert "0c1e57" in result.llama_cpp_commit
@@ -60,6 +60,15 @@ def test_the_record_tells_where_and_with_what(result: Result, tiny_bundle: Path)
 def test_a_depth_beyond_the_context_is_left_out_and_said(result: Result) -> None:
     assert "tg4@5000" not in result.rows[0].metrics
     assert any("depth 5000 is left out" in warning for warning in result.warnings)
+
+
+def test_the_context_has_room_for_every_tile_of_a_picture(tiny_bundle: Path) -> None:
+    subject = open_subject(tiny_bundle)
+    assert subject.picture_tokens == 4
+    image = replace(subject.bundle.manifest.image, mode="anyres", grid=((64, 32), (32, 96)))
+    tiled = replace(subject.bundle, manifest=replace(subject.bundle.manifest, image=image))
+    # 2 x 2 cells a tile: the whole, and three tiles on top of each other with an end after each of their six rows
+    assert replace(subject, bundle=tiled).picture_tokens == 4 + 6 * (2 + 1)
 
 
 def test_a_record_survives_its_file(result: Result, tmp_path: Path) -> None:

@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pytest
 
+from llava_edge import store
+from llava_edge.bench.models import open_subject
 from llava_edge.bench.tasks.compare import compare
 from llava_edge.bench.tasks.models import ModelChoice
 from llava_edge.bench.tasks.run import merge, open_run
 from llava_edge.bench.tasks.samples import read_records, write_records
-from llava_edge.errors import ImageError, InputError
+from llava_edge.bundle import MANIFEST_NAME, open_bundle
+from llava_edge.errors import ImageError, InputError, ModelError
 
 
 def summary(folder: Path) -> str:
@@ -115,6 +118,40 @@ def test_other_settings_don_t_go_on_with_a_run(evaluate_tiny, pope_data):
     questions.write_text(questions.read_text().replace("a dog", "a hog"))
     with pytest.raises(InputError, match="its data_sha256"):
         evaluate_tiny("pope", pope_data, limit=2, resume=True)
+
+
+def test_a_run_tells_what_read_its_pictures_and_goes_on_with_nothing_else(evaluate_tiny, pope_data):
+    outcome = evaluate_tiny("pope", pope_data, limit=6)
+    assert outcome.summary["vision_backend"] == "mtmd"
+    assert outcome.summary["model"]["vision_backend"] == "auto"
+    settings = outcome.folder / "run.json"
+    settings.write_text(settings.read_text().replace('"vision_backend": "mtmd"', '"vision_backend": "onnx"'))
+    samples = outcome.folder / "samples.jsonl"
+    samples.write_bytes(b"".join(samples.read_bytes().splitlines(keepends=True)[:3]))
+    with pytest.raises(InputError, match="were read by onnx so far, and would now be by mtmd"):
+        evaluate_tiny("pope", pope_data, limit=6, resume=True)
+
+
+def test_a_backend_without_a_file_is_refused_before_anything_is_asked(evaluate_tiny, pope_data, tiny_bundle):
+    choice = ModelChoice(model=str(tiny_bundle), vision_backend="onnx")
+    with pytest.raises(ModelError, match="has no file for the vision backend onnx"):
+        evaluate_tiny("pope", pope_data, choice=choice)
+
+
+def test_a_pulled_pair_of_files_is_asked_too(evaluate_tiny, pope_data, tiny_bundle, tmp_path):
+    pulled = tmp_path / "pulled"
+    shutil.copytree(tiny_bundle, pulled)
+    (pulled / MANIFEST_NAME).unlink()
+    files = open_bundle(tiny_bundle).manifest.files
+    (pulled / store.PAIR_NAME).write_text(store.Pair("pulled", "a/b", "c", "none", files).to_json())
+    choice = ModelChoice(model=str(pulled), threads=1, n_ctx=1024)
+    outcome = evaluate_tiny("pope", pope_data, choice=choice, limit=2)
+    assert outcome.summary["model"]["files"] == {file.path: file.sha256 for file in files}
+    assert outcome.summary["vision_backend"] == "mtmd"
+    with pytest.raises(InputError, match="need a bundle"):
+        evaluate_tiny("pope", pope_data, "crop", choice=replace(choice, image_mode="crop"))
+    with pytest.raises(InputError, match="is a pair of GGUF files without a manifest; bench measures bundles"):
+        open_subject(pulled)
 
 
 def test_parts_joined_are_the_run_in_one_piece(evaluate_tiny, pope_data, tmp_path):

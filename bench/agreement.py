@@ -1,0 +1,149 @@
+"""Whether the figures of ``llava-edge bench`` are those of the programs that others measure with.
+
+    python -m llava_edge.bench.agreement speed BUNDLE --llama-bench PATH
+    python -m llava_edge.bench.agreement divergence BUNDLE REFERENCE TEXT --llama-perplexity PATH
+    python -m llava_edge.bench.agreement bandwidth
+
+``speed`` runs llama-bench and this project's own loop in turn on the same file; ``divergence`` takes the KL divergence
+of two language models on a text both ways; ``bandwidth`` compiles a small C program (with OpenMP) that reads memory.
+One JSON object goes to stdout, with the ratio of our figure to the other one. The machine should do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_edge import native
+from llava_edge.bench.models import open_subject
+from llava_edge.bench.quality.cases import CHUNK
+from llava_edge.bench.quality.data import read_data
+from llava_edge.bench.quality.measure import QualitySettings, bench_quality
+from llava_edge.bench.speed.ceilings import read_bandwidth
+from llava_edge.bench.speed.measure import decode_seconds, prefill_seconds
+from llava_edge.bundle import resolve_model
+from llava_edge.engine import Engine
+from llava_edge.errors import LlavaEdgeError
+
+_MEAN = re.compile(r"Mean\s+KLD:\s+(\S+)")
+
+
+def speed(bundle: str, program: str, *, threads: int, rounds: int, prompt: int, answer: int) -> dict[str, Any]:
+    """Tokens a second of ``pp`` and ``tg``, the median of ``rounds`` runs in turn."""
+    path = resolve_model(bundle).file("llm")
+    rates: dict[str, list[list[float]]] = {f"pp{prompt}": [], f"tg{answer}": []}
+    command = [program, "-m", path, "-t", threads, "-p", prompt, "-n", answer, "-r", 2, "-o", "json"]
+    random = np.random.default_rng(0)
+    engine = Engine(path, n_ctx=prompt + answer, n_threads=threads)
+    try:
+        read, said = ([int(t) for t in random.integers(0, engine.n_vocab, n)] for n in (prompt, answer))
+        ours: dict[str, Callable[[], float]] = {
+            f"pp{prompt}": lambda: prompt / prefill_seconds(engine, read),
+            f"tg{answer}": lambda: answer / decode_seconds(engine, said, 0),
+        }
+        for measure in ours.values():
+            measure()
+        for _ in range(rounds):
+            theirs = {_name(test): test["avg_ts"] for test in json.loads(_run(command))}
+            for name, measure in ours.items():
+                rates[name].append([float(np.mean([measure() for _ in range(2)])), theirs[name]])
+    finally:
+        engine.close()
+    return {name: _compared(*np.median(np.array(pairs), axis=0), pairs=pairs) for name, pairs in rates.items()}
+
+
+def _name(test: dict[str, Any]) -> str:
+    return f"pp{test['n_prompt']}" if test["n_prompt"] else f"tg{test['n_gen']}"
+
+
+def divergence(bundle: str, reference: str, text: Path, program: str, *, threads: int, chunks: int) -> dict[str, Any]:
+    """Mean KL divergence of two language models on the second half of each of ``chunks`` runs of 512 tokens."""
+    files = [resolve_model(name).file("llm") for name in (reference, bundle)]
+    with tempfile.TemporaryDirectory(prefix="llava-edge-") as folder:
+        base = Path(folder) / "base.kld"
+        shared = ["-f", text, "-c", CHUNK, "--chunks", chunks, "-t", threads, "--kl-divergence-base", base]
+        _run([program, "-m", files[0], *shared])
+        said = _run([program, "-m", files[1], *shared, "--kl-divergence"])
+        found = _MEAN.search(said)
+        if found is None:
+            raise LlavaEdgeError(f"{program} says nothing of a mean KLD: {said[-300:]}")
+        settings = QualitySettings(threads, text_chunks=chunks)
+        data = read_data(text, None)
+        result = bench_quality([open_subject(bundle)], open_subject(reference), data, settings, Path(folder))
+    return {"kl_mean": _compared(result.rows[0].metrics["kl_mean"].value, float(found[1]))}
+
+
+def bandwidth(*, threads: int) -> dict[str, Any]:
+    """The best rate of reading memory, by NumPy and by a C program in turn."""
+    source = resources.files("llava_edge.bench").joinpath("speed", "read_bandwidth.c").read_text()
+    with tempfile.TemporaryDirectory(prefix="llava-edge-") as folder:
+        program = Path(folder) / "read_bandwidth"
+        compiler = os.environ.get("CC", "cc")
+        _run([compiler, "-O3", "-march=native", "-fopenmp", "-x", "c", "-", "-o", program], source)
+        pairs = [
+            (read_bandwidth(threads).value, float(_run([program], OMP_NUM_THREADS=str(threads)))) for _ in range(3)
+        ]
+    return {"read_bandwidth": _compared(*np.array(pairs).max(axis=0), pairs=pairs)}
+
+
+def _compared(ours: float, theirs: float, **more: Any) -> dict[str, Any]:
+    return {"ours": float(ours), "theirs": float(theirs), "ratio": float(ours / theirs), **more}
+
+
+def _run(command: list[Any], text: str | None = None, **environment: str) -> str:
+    """What a program prints; LlavaEdgeError with its last words if it fails."""
+    words = [str(word) for word in command]
+    try:
+        done = subprocess.run(
+            words, input=text, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        )
+    except OSError as error:
+        raise LlavaEdgeError(f"can't run {words[0]}: {error.strerror}") from None
+    if done.returncode != 0:
+        raise LlavaEdgeError(f"{words[0]} failed ({done.returncode}): {done.stderr.strip()[-300:]}")
+    return done.stdout
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--threads", type=int, default=native.default_threads())
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("speed")
+    one.add_argument("bundle")
+    one.add_argument("--llama-bench", dest="program", default="llama-bench")
+    one.add_argument("--rounds", type=int, default=7)
+    one.add_argument("--prompt", type=int, default=512)
+    one.add_argument("--answer", type=int, default=64)
+    two = commands.add_parser("divergence")
+    two.add_argument("bundle")
+    two.add_argument("reference")
+    two.add_argument("text", type=Path)
+    two.add_argument("--llama-perplexity", dest="program", default="llama-perplexity")
+    two.add_argument("--chunks", type=int, default=8)
+    commands.add_parser("bandwidth")
+    values = vars(parser.parse_args())
+    measures: dict[str, Callable[..., dict[str, Any]]] = {
+        "speed": speed,
+        "divergence": divergence,
+        "bandwidth": bandwidth,
+    }
+    try:
+        sys.stdout.write(json.dumps(measures[values.pop("command")](**values)) + "\n")
+    except LlavaEdgeError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

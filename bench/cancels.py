@@ -1,0 +1,74 @@
+"""How soon a place is free when a client leaves: while an answer is written, a text is read, a picture is encoded."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+import time
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llava_edge.bench.http_client import Client, quantiles
+
+STORY = "Write a long story about a dog that crosses the sea. Tell it in many chapters."
+NUMBERS = 300  # two or three tokens each
+BATCH_TOKENS = 512  # what the engine reads in one go
+
+
+def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
+    """Seconds from the moment at which a client leaves until its place is free, as ``/metrics`` shows it.
+
+    Beside them the time of one token, of one batch of a text, and of one picture, when nobody leaves.
+    """
+    chance = random.Random(seed)
+    whole = client.ask(_question(STORY))
+    gaps = [later - earlier for earlier, later in zip(whole.seconds, whole.seconds[1:], strict=False)]
+    long = client.ask(_question(_text(chance)))
+    seen = client.ask(_question("What is it?", _picture(chance)))
+    assert long.ttft_seconds is not None
+    assert seen.ttft_seconds is not None
+    found: dict[str, list[float]] = {"decode": [], "prefill": [], "picture": []}
+    for _ in range(count):
+        client.ask(_question(STORY), leave_after=chance.randint(1, max(1, len(whole.seconds) - 4)))
+        found["decode"].append(_until_free(client))
+        client.ask(_question(_text(chance)), patience_seconds=chance.uniform(0.1, 0.8) * long.ttft_seconds)
+        found["prefill"].append(_until_free(client))
+        picture = _question("What is it?", _picture(chance))
+        client.ask(picture, patience_seconds=chance.uniform(0.1, 0.8) * seen.ttft_seconds)
+        found["picture"].append(_until_free(client))
+    return {
+        "count": count,
+        "token_seconds": quantiles(gaps),
+        "batch_seconds": long.ttft_seconds * BATCH_TOKENS / max(BATCH_TOKENS, long.prompt_tokens),
+        "picture_seconds": seen.ttft_seconds,
+        **{f"{kind}_seconds_until_free": quantiles(values) for kind, values in found.items()},
+    }
+
+
+def _until_free(client: Client) -> float:
+    left = time.perf_counter()
+    while b"llava_edge_running 0.0" not in client.get("/metrics")[1]:
+        pass
+    return time.perf_counter() - left
+
+
+def _question(text: str, picture: str | None = None) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    if picture is not None:
+        parts.insert(0, {"type": "image_url", "image_url": {"url": picture}})
+    return [{"role": "user", "content": parts}]
+
+
+def _text(chance: random.Random) -> str:
+    """Numbers that no cache knows."""
+    return " ".join(str(chance.randrange(1000)) for _ in range(NUMBERS))
+
+
+def _picture(chance: random.Random) -> str:
+    pixels = np.random.default_rng(chance.randrange(1 << 32)).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,85 @@
+"""``--image-tokens auto``: as many of a picture's tokens as are read within the time that a person wants to wait."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from llava_edge.bundle import probe_picture
+from llava_edge.errors import InputError, LlavaEdgeError
+
+if TYPE_CHECKING:
+    from llava_edge.model import Model
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SECONDS = 3.0
+_TEXT_TOKENS = 32  # of a short question and what stands around it
+_TRIAL_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a model takes on this machine: for the tower, once a picture, and for a token of the prompt."""
+
+    encode_seconds: float
+    token_seconds: float
+
+    def first_token(self, image_tokens: int) -> float:
+        """Seconds until the first token of an answer about one picture."""
+        return self.encode_seconds + (image_tokens + _TEXT_TOKENS) * self.token_seconds
+
+
+def choose(pace: Pace, counts: Sequence[int], seconds: float) -> int:
+    """The most tokens that are read in time.
+
+    Raises
+    ------
+    InputError
+        Even the fewest are too many; it says what can be had.
+    """
+    for count in sorted(counts, reverse=True):
+        if pace.first_token(count) <= seconds:
+            return count
+    times = ", ".join(f"{count} tokens {pace.first_token(count):.2g} s" for count in sorted(counts))
+    raise InputError(
+        f"no first token within {seconds:g} s on this machine; a picture of {times}",
+        hint=f"Give a budget from {pace.first_token(min(counts)) * 1.05:.2g} s on, or a smaller model.",
+    )
+
+
+def pace_of(model: Model) -> Pace:
+    """How fast a model is here: measured once, and remembered with everything else on disk."""
+    known = None if model.remembered is None else model.remembered.fact("pace")
+    try:
+        if known is not None:
+            found = json.loads(known)
+            return Pace(float(found["encode_seconds"]), float(found["token_seconds"]))
+    except (ValueError, KeyError, TypeError) as error:
+        log.debug("a pace on disk is ignored: %s", error)
+    pace = _measure(model)
+    if model.remembered is not None:
+        model.remembered.keep_fact("pace", json.dumps(asdict(pace)))
+    return pace
+
+
+def _measure(model: Model) -> Pace:
+    spec, _ = model.picture_settings
+    if spec is None:
+        raise LlavaEdgeError("only a bundle tells how its pictures are read")
+    picture = model.open_picture(probe_picture(spec.size))
+    model.encode(picture)  # loads the tower
+    model.forget()
+    began = time.perf_counter()
+    model.encode_anew(picture)
+    encoded = time.perf_counter()
+    count = min(_TRIAL_TOKENS, model.engine.n_ctx - 1)
+    model.engine.decode_tokens([number % model.engine.n_vocab for number in range(count)], logits=False)
+    read = time.perf_counter()
+    model.forget()
+    log.info("encoding takes %.2f s here, and %d tokens %.2f s", encoded - began, count, read - encoded)
+    return Pace(encoded - began, (read - encoded) / count)

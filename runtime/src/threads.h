@@ -1,0 +1,9 @@
+// How many threads compute fastest.
+#pragma once
+
+namespace llava_edge {
+
+// One a physical core (a performance core on Apple silicon) that this process may use.
+int default_threads();
+
+}  // namespace llava_edge

@@ -1,0 +1,290 @@
+"""The C functions through ctypes: bad input gives a status and a line, pictures are Python's, towers are right."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+from clib import ROOT
+from PIL import Image
+
+OK, INVALID_ARGUMENT, BUSY, NOT_FOUND, IO, MODEL_INVALID, UNSUPPORTED = 0, 10, 11, 20, 21, 30, 31
+IMAGE_INVALID, IMAGE_LIMIT, IMAGE_UNSUPPORTED, CONTEXT_FULL, STATE_INVALID = 40, 41, 42, 50, 60
+KNOWN = {OK, INVALID_ARGUMENT, NOT_FOUND, IO, MODEL_INVALID, UNSUPPORTED, 32, IMAGE_INVALID, IMAGE_LIMIT,
+         IMAGE_UNSUPPORTED, CONTEXT_FULL, STATE_INVALID, 70, 80}  # fmt: skip
+
+
+class ModelParams(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", ctypes.c_size_t),
+        *((name, ctypes.c_int32) for name in ("n_ctx", "n_threads", "n_gpu_layers", "image_tokens", "self_check")),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(library, nano):
+    handle, params = ctypes.c_void_p(), ModelParams()
+    library.llava_edge_model_params_init(ctypes.byref(params))
+    params.n_ctx = 512
+    assert library.llava_edge_model_load(str(nano).encode(), ctypes.byref(params), ctypes.byref(handle)) == OK
+    yield handle
+    library.llava_edge_model_free(handle)
+
+
+@pytest.fixture
+def session(library, model):
+    handle = ctypes.c_void_p()
+    assert library.llava_edge_session_create(model, ctypes.byref(handle)) == OK
+    yield handle
+    library.llava_edge_session_free(handle)
+
+
+def load(library, directory) -> int:
+    handle = ctypes.c_void_p(1)
+    status = library.llava_edge_model_load(str(directory).encode(), None, ctypes.byref(handle))
+    assert bool(handle) == (status == OK)
+    return status
+
+
+def load_tower(library, path) -> int:
+    handle = ctypes.c_void_p()
+    status = library.llava_edge_tower_load(str(path).encode(), None, ctypes.byref(handle))
+    library.llava_edge_tower_free(handle)
+    return status
+
+
+def said(library) -> str:
+    return library.llava_edge_last_error().decode()
+
+
+def ask(library, session, text: str) -> int:
+    assert library.llava_edge_session_add_text(session, 1, text.encode()) == OK
+    return library.llava_edge_session_generate(session, None, None, None, None)
+
+
+def test_null_is_refused_everywhere_and_freed_anywhere(library):
+    assert library.llava_edge_model_load(None, None, None) == INVALID_ARGUMENT
+    assert said(library) == "directory is NULL"
+    for name, args in {
+        "session_create": (None, None), "session_add_image_file": (None, None), "session_add_text": (None, 1, None),
+        "session_generate": (None,) * 5, "session_truncate": (None, 0), "session_reset": (None,),
+        "session_save": (None, None), "session_load": (None, None), "tower_load": (None, None, None),
+    }.items():  # fmt: skip
+        assert getattr(library, f"llava_edge_{name}")(*args) == INVALID_ARGUMENT, name
+    for name in ("model_free", "session_free", "tower_free", "session_stop", "model_params_init"):
+        getattr(library, f"llava_edge_{name}")(None)
+
+
+def test_every_status_has_words(library):
+    words = {library.llava_edge_status_string(number) for number in KNOWN}
+    assert len(words) == len(KNOWN)
+    assert library.llava_edge_status_string(9999) == b"unknown status"
+
+
+def test_a_struct_without_a_size_is_refused(library, nano):
+    params = ModelParams()
+    handle = ctypes.c_void_p()
+    status = library.llava_edge_model_load(str(nano).encode(), ctypes.byref(params), ctypes.byref(handle))
+    assert status == INVALID_ARGUMENT
+    assert "struct_size" in said(library)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n_ctx", -1), ("n_threads", 5000), ("image_tokens", 7), ("n_gpu_layers", -2)]
+)
+def test_a_parameter_out_of_range_is_named(library, nano, field, value):
+    params, handle = ModelParams(), ctypes.c_void_p()
+    library.llava_edge_model_params_init(ctypes.byref(params))
+    setattr(params, field, value)
+    status = library.llava_edge_model_load(str(nano).encode(), ctypes.byref(params), ctypes.byref(handle))
+    assert status == INVALID_ARGUMENT
+    assert field in said(library)
+
+
+def manifest_of(nano) -> dict:
+    return json.loads((nano / "llava-edge.json").read_text())
+
+
+@pytest.fixture
+def bundle(nano, tmp_path):
+    """A copy of nano whose manifest may be changed; the large files are links."""
+    for file in nano.iterdir():
+        if file.suffix == ".gguf":
+            (tmp_path / file.name).symlink_to(file)
+    return tmp_path
+
+
+def change(manifest: dict, path: str, value) -> None:
+    *parents, last = path.split(".")
+    for key in parents:
+        manifest = manifest[int(key) if key.isdigit() else key]
+    manifest[last] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "status", "words"),
+    [
+        ("schema", 2, MODEL_INVALID, "schema is 2"),
+        ("surplus", 1, MODEL_INVALID, "surplus"),
+        ("name", 3, MODEL_INVALID, "name is not a text"),
+        ("files.0.path", "../llm.gguf", MODEL_INVALID, "path"),
+        ("files.0.bytes", 5, MODEL_INVALID, "bytes"),
+        ("files.1.role", "llm", MODEL_INVALID, "same role"),
+        ("prompt.system", "none", MODEL_INVALID, "prompt.system"),
+        ("image.mode", "anyres", UNSUPPORTED, "anyres"),
+        ("image.size", 0, MODEL_INVALID, "image.size is 0"),
+        ("image.pad_color", [1, 2], MODEL_INVALID, "image.pad_color"),
+        ("image.size", 336, MODEL_INVALID, "336"),
+        ("visual_tokens.grid", [3, 3], MODEL_INVALID, "visual_tokens.grid"),
+        ("visual_tokens.default", 9, MODEL_INVALID, "visual_tokens.default"),
+        ("probe.embeddings", "?", MODEL_INVALID, "base64"),
+        ("probe.token_rows", [1], 32, "cosine"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_by_its_key(library, bundle, nano, path, value, status, words):
+    manifest = manifest_of(nano)
+    change(manifest, path, value)
+    (bundle / "llava-edge.json").write_text(json.dumps(manifest))
+    assert load(library, bundle) == status
+    assert words in said(library)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"schema": 1, "schema": 1}', '{"schema": NaN}', "\x00", '"\ud800"', "[" * 500]
+)
+def test_what_is_no_manifest_is_refused(library, tmp_path, text):
+    (tmp_path / "llava-edge.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert load(library, tmp_path) == MODEL_INVALID
+
+
+def test_no_bundle_is_not_found(library, tmp_path):
+    assert load(library, tmp_path / "none") == NOT_FOUND
+    assert load(library, tmp_path) == NOT_FOUND
+
+
+def test_swapped_files_are_refused(library, nano):
+    assert load_tower(library, nano / "llm-Q4_K_M.gguf") == MODEL_INVALID
+    assert "general.architecture" in said(library)
+
+
+def test_mutated_mmproj_files_give_statuses_only(library, nano, tmp_path):
+    original = (nano / "mmproj-Q8_0.gguf").read_bytes()
+    head = 16384
+    chance = random.Random(5)
+    path = tmp_path / "mutated.gguf"
+    shutil.copy(nano / "mmproj-Q8_0.gguf", path)
+    seen = set()
+    for _ in range(400):
+        data = bytearray(original[:head])
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(head)] = chance.choice([0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)])
+        with path.open("r+b") as file:
+            file.write(data)
+        seen.add(load_tower(library, path))
+    assert seen <= KNOWN
+    assert MODEL_INVALID in seen
+    for size in (0, 3, 4, 24, 1000, 20000, len(original) - 1):
+        path.write_bytes(original[:size])
+        assert load_tower(library, path) == MODEL_INVALID
+
+
+def test_mutated_manifests_give_statuses_only(library, bundle, nano):
+    original = (nano / "llava-edge.json").read_bytes()
+    chance = random.Random(6)
+    for _ in range(400):
+        data = bytearray(original)
+        for _ in range(chance.randint(1, 3)):
+            data[chance.randrange(3000)] = chance.randrange(256)
+        # The files are missing, so that nothing is loaded.
+        (bundle / "llava-edge.json").write_bytes(data.replace(b".gguf", b".none"))
+        assert load(library, bundle) in {NOT_FOUND, MODEL_INVALID, UNSUPPORTED}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (50, 1), (300, 200), (224, 224), (1000, 20), (641, 777)])
+@pytest.mark.parametrize("target", [(224, 224), (336, 336), (1, 1), (31, 500)])
+def test_resizing_is_pillows(library, size, target):
+    pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC))
+    found = np.zeros_like(expected)
+    into, tight = found.ctypes.data_as(ctypes.c_void_p), ctypes.c_size_t(0)
+    status = library.llava_edge_resize(pixels.ctypes.data_as(ctypes.c_void_p), *size, tight, into, *target, tight)
+    assert status == OK
+    assert np.array_equal(found, expected)
+
+
+def add_bytes(library, session, data: bytes) -> int:
+    return library.llava_edge_session_add_image_bytes(session, data, ctypes.c_size_t(len(data)))
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_that_are_none_are_refused(library, session, tmp_path):
+    jpeg = (ROOT / "examples" / "cat.jpg").read_bytes()
+    png = encoded(Image.new("RGB", (40, 30)), "PNG")
+    assert add_bytes(library, session, b"") == IMAGE_UNSUPPORTED
+    assert add_bytes(library, session, b"no picture at all") == IMAGE_UNSUPPORTED
+    assert add_bytes(library, session, jpeg[: len(jpeg) // 2]) == IMAGE_INVALID
+    assert add_bytes(library, session, png[:-30]) == IMAGE_INVALID
+    assert add_bytes(library, session, b"P6 4 4 255\n123") == IMAGE_INVALID
+    assert add_bytes(library, session, b"P6 100000 100000 255\n") == IMAGE_LIMIT
+    assert add_bytes(library, session, encoded(Image.new("L", (600, 2)), "PNG")) == IMAGE_LIMIT
+    assert library.llava_edge_session_add_image_file(session, str(tmp_path / "none.jpg").encode()) == NOT_FOUND
+    assert library.llava_edge_session_add_image_file(session, str(tmp_path).encode()) == IO
+    pixels = (ctypes.c_uint8 * 12)()
+    for width, height, stride in ((0, 2, 0), (-1, 2, 0), (2, 2, 5)):
+        status = library.llava_edge_session_add_image_rgb(session, pixels, width, height, ctypes.c_size_t(stride))
+        assert status in (IMAGE_INVALID, INVALID_ARGUMENT)
+
+
+def test_a_question_that_fails_leaves_the_session_as_it_was(library, session):
+    assert library.llava_edge_session_generate(session, None, None, None, None) == INVALID_ARGUMENT
+    assert library.llava_edge_session_add_text(session, 1, b"\xff") == INVALID_ARGUMENT
+    assert library.llava_edge_session_add_text(session, 7, b"?") == INVALID_ARGUMENT
+    assert ask(library, session, "word " * 600) == CONTEXT_FULL
+    assert "context 512" in said(library)
+    assert library.llava_edge_session_turns(session) == 0
+    assert library.llava_edge_session_reset(session) == OK
+    assert ask(library, session, "What is a cat?") == OK
+    assert library.llava_edge_session_turns(session) == 1
+    assert library.llava_edge_session_add_text(session, 0, b"Be short.") == INVALID_ARGUMENT
+    assert library.llava_edge_session_truncate(session, 2) == INVALID_ARGUMENT
+
+
+def test_a_callback_can_stop_and_must_not_call_in(library, session):
+    statuses = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p)
+    def stop_at_third(_text, _length, _data):
+        statuses.append(library.llava_edge_session_reset(session))
+        return int(len(statuses) == 3)
+
+    assert library.llava_edge_session_add_text(session, 1, b"Count to ten.") == OK
+    assert library.llava_edge_session_generate(session, None, stop_at_third, None, None) == OK
+    assert statuses == [BUSY] * 3
+    assert library.llava_edge_session_turns(session) == 1
+
+
+def test_a_saved_session_that_is_damaged_is_refused(library, session, tmp_path):
+    assert ask(library, session, "What is a cat?") == OK
+    path = tmp_path / "chat.session"
+    assert library.llava_edge_session_save(session, str(path).encode()) == OK
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "damaged").write_bytes(data)
+    (tmp_path / "short").write_bytes(data[:100])
+    for name in ("damaged", "short"):
+        assert library.llava_edge_session_load(session, str(tmp_path / name).encode()) == STATE_INVALID
+    assert library.llava_edge_session_load(session, str(tmp_path / "none").encode()) == NOT_FOUND
+    assert library.llava_edge_session_save(session, str(tmp_path / "no" / "folder").encode()) == IO
+    assert library.llava_edge_session_turns(session) == 1
+    assert library.llava_edge_session_load(session, str(path).encode()) == OK
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["chat.session", "damaged", "short"]

@@ -1,0 +1,122 @@
+"""A checkpoint to train on from a bundle that was shipped: ``python -m llava_edge.train_gpu.from_bundle --help``.
+
+Bundles hold quantised GGUF files, which nothing can train. Here their values become a LLaVA checkpoint again, for a
+further stage on somebody's own pictures, or as the full-precision reference of a bundle whose checkpoint is gone. What
+quantisation took away stays away.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import click
+import gguf
+import numpy as np
+import torch
+from transformers import Dinov2Config, Dinov2Model, LlavaForConditionalGeneration, PreTrainedTokenizerBase
+
+from llava_edge.bundle import MANIFEST_NAME, Bundle, resolve_model
+from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.train_gpu import checkpoint, parts
+
+log = logging.getLogger(__name__)
+
+_BLOCK = {
+    "ln1": "norm1",
+    "attn_q": "attention.attention.query",
+    "attn_k": "attention.attention.key",
+    "attn_v": "attention.attention.value",
+    "attn_out": "attention.output.dense",
+    "ln2": "norm2",
+    "ffn_up": "mlp.fc1",
+    "ffn_down": "mlp.fc2",
+}
+"""Modules of a block by their names in an mmproj, and in checkpoints of DINOv2 on disk."""
+
+
+def model_from_bundle(bundle: Bundle) -> tuple[LlavaForConditionalGeneration, PreTrainedTokenizerBase]:
+    """Model in float32 and tokenizer of a bundle with a DINOv2 tower without class token, as nano has it.
+
+    Raises
+    ------
+    InputError
+        The bundle is of another make.
+    """
+    reader = gguf.GGUFReader(bundle.file("mmproj"))
+    tensors = {t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy()) for t in reader.tensors}
+    tower = _tower(reader, tensors, bundle.manifest.image.size)
+    llm, tokenizer = parts.llm_from_gguf(bundle.file("llm"))
+    model = parts.assemble(tower, llm, tokenizer, bundle.manifest.feature_layers)
+    projector = {
+        f"linear_{number}.{part}": tensors[f"mm.{place}.{part}"]
+        for number, place in ((1, 0), (2, 2))
+        for part in ("weight", "bias")
+    }
+    model.model.multi_modal_projector.load_state_dict(projector)
+    return model, tokenizer
+
+
+def _tower(reader: gguf.GGUFReader, tensors: dict[str, torch.Tensor], image_size: int) -> Dinov2Model:
+    def key(name: str) -> Any:
+        field = reader.get_field(name)
+        return None if field is None else field.contents()
+
+    table = tensors.get("v.position_embd.weight")
+    patch = key("clip.vision.patch_size")
+    projector = {"mm.0.weight", "mm.0.bias", "mm.2.weight", "mm.2.bias"}
+    found = {name for name in tensors if name.startswith("mm.")}
+    if table is None or len(table) != (image_size // patch) ** 2 or found != projector:
+        raise InputError(
+            "the bundle has a class token in its tower, or another projector than an MLP of two layers",
+            hint="Only bundles like nano's can be turned back; take the checkpoint that this one was made from.",
+        )
+    width = key("clip.vision.embedding_length")
+    config = Dinov2Config(
+        hidden_size=width,
+        num_hidden_layers=key("clip.vision.block_count"),
+        num_attention_heads=key("clip.vision.attention.head_count"),
+        mlp_ratio=key("clip.vision.feed_forward_length") // width,
+        image_size=image_size,
+        patch_size=patch,
+        layer_norm_eps=float(np.float32(key("clip.vision.attention.layer_norm_epsilon"))),
+        use_mask_token=False,
+    )
+    state = {
+        "embeddings.cls_token": torch.zeros(1, 1, width),  # hidden from the patches
+        "embeddings.position_embeddings": torch.cat([torch.zeros(1, width), table])[None],
+        "embeddings.patch_embeddings.projection.weight": tensors["v.patch_embd.weight"],
+        "embeddings.patch_embeddings.projection.bias": tensors["v.patch_embd.bias"],
+        "layernorm.weight": torch.ones(width),  # behind the last feature layer
+        "layernorm.bias": torch.zeros(width),
+    }
+    for number in range(config.num_hidden_layers):
+        for short, module in _BLOCK.items():
+            for part in ("weight", "bias"):
+                state[f"encoder.layer.{number}.{module}.{part}"] = tensors[f"v.blk.{number}.{short}.{part}"]
+        for scale in ("layer_scale1", "layer_scale2"):  # folded into the matrices before them
+            state[f"encoder.layer.{number}.{scale}.lambda1"] = torch.ones(width)
+    return parts.tower_from_state(config, state)
+
+
+@click.command()
+@click.argument("name", metavar="BUNDLE")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The checkpoint's folder.")
+def main(name: str, output: Path) -> None:
+    """Write BUNDLE, a model's name or a folder, as a checkpoint that `llava-edge train` and `convert` take."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        bundle = resolve_model(name)
+        model, tokenizer = model_from_bundle(bundle)
+    except LlavaEdgeError as error:
+        raise click.ClickException(f"{error}\n{error.hint}" if error.hint else str(error)) from None
+    manifest = json.loads((bundle.directory / MANIFEST_NAME).read_text())
+    kept = ("name", "family", "license", "source", "image", "visual_tokens", "prompt")
+    checkpoint.save_checkpoint(output, model, tokenizer, {name: manifest[name] for name in kept})
+    log.info("wrote %s", output)
+
+
+if __name__ == "__main__":
+    main()
