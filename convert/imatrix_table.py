@@ -99,13 +99,13 @@ def main(
                 target = Path(work) / "llm.gguf"
                 made = quantize(source, target, check_type(type_name, LLM_TYPES), imatrix=matrix)
                 found[name] = divergences(target, cases)
-                say(f"{type_name}, {name}: {np.mean(found[name]):.4f}")
+                say(f"{type_name}, {name}: {np.mean(found[name]):.3g}")
             sys.stdout.write(_row(type_name, made, found))
             sys.stdout.flush()
 
 
 def _row(type_name: str, made: Quantized, found: dict[str, list[float]]) -> str:
-    means = [f"{np.mean(found[name]):.4f}" for name in ("none", "text", "pictures")]
+    means = [f"{np.mean(found[name]):.3g}" for name in ("none", "text", "pictures")]
     differences = [_difference(found["pictures"], found[name]) for name in ("none", "text")]
     fallbacks = f"{made.fallbacks} of {sum(made.tensors.values())}"
     return f"| {' | '.join((type_name, fallbacks, *means, *differences))} |\n"
@@ -113,7 +113,7 @@ def _row(type_name: str, made: Quantized, found: dict[str, list[float]]) -> str:
 
 def _difference(one: Sequence[float], other: Sequence[float]) -> str:
     values = np.subtract(one, other)
-    return f"{values.mean():+.4f} ± {values.std(ddof=1) / len(values) ** 0.5:.4f}"
+    return f"{values.mean():+.2g} ± {values.std(ddof=1) / len(values) ** 0.5:.1g}"
 
 
 if __name__ == "__main__":
