@@ -12,6 +12,7 @@ import functools
 import logging
 import platform
 import struct
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_MOST_PENDING = 8
 _PLACE = struct.Struct("<QQ")  # tokens and position at the prefix's end
 _LIBRARIES = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime"}
 
@@ -52,7 +54,8 @@ class Remembered:
         self._machine = [platform.system(), platform.machine(), _features(), native.version()]
         self._identities: list[list[Any]] | None = None
         self._writer: ThreadPoolExecutor | None = None
-        self._pending: list[Future[None]] = []
+        self._pending: deque[Future[None]] = deque()
+        self._copy: Future[None] | None = None  # the KV cache that is being written
         self._identify(may_read=False)
 
     def close(self) -> None:
@@ -134,24 +137,33 @@ class Remembered:
         ends = _picture_ends(units)
         if not ends or self._identities is None or kv.common(units) < ends[-1]:
             return
-        self._pending = [future for future in self._pending if not future.done()]
         key = self._prefix_key(units[: ends[-1]], {key: digest(image) for key, image in images.items()})
         # A second copy would be held in memory while the first one is being written.
-        if self._pending or self._cache.has("prefixes", key):
+        if (self._copy is not None and not self._copy.done()) or self._cache.has("prefixes", key):
             return
         last = kv.entries[ends[-1] - 1]
-        saved = kv.save()
-        self._submit(self._cache.put, "prefixes", key, [_PLACE.pack(last.tokens, last.end), saved.data])
-        self._pending.append(self._last)
+        try:
+            saved = kv.save()
+            self._copy = self._submit(
+                self._cache.put, "prefixes", key, [_PLACE.pack(last.tokens, last.end), saved.data]
+            )
+        except (LlavaEdgeError, OSError, RuntimeError, MemoryError) as error:  # the answer goes on without
+            log.debug("this part of the KV cache is not kept: %s", error)
 
     def _prefix_key(self, units: Sequence[Unit], digests: Mapping[str, str]) -> str:
         listed = [list(unit.ids) if isinstance(unit, TokenRun) else digests[unit.key] for unit in units]
         return key_of(units=listed, files=self._identities, machine=self._machine, settings=dict(self._engine.settings))
 
-    def _submit(self, call: Any, *arguments: Any) -> None:
+    def _submit(self, call: Any, *arguments: Any) -> Future[None] | None:
+        """Have it done in the writer's thread; not at all if that is far behind, because what waits takes memory."""
+        while self._pending and self._pending[0].done():
+            self._pending.popleft()
+        if len(self._pending) >= _MOST_PENDING:
+            return None
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, "llava-edge-cache")
-        self._last: Future[None] = self._writer.submit(call, *arguments)
+        self._pending.append(self._writer.submit(call, *arguments))
+        return self._pending[-1]
 
     def _identify(self, may_read: bool) -> None:
         """What tells the model's files from all others; reads them if need be and if it may."""
