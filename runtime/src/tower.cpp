@@ -103,6 +103,9 @@ struct Tower::Impl {
     ggml_context * g() const { return context.get(); }
 
     ggml_tensor * linear(const Linear & l, ggml_tensor * x) const {
+        if (l.q8) {
+            return l.q8->multiply(g(), Q8Linear::quantize(g(), x), l.bias);
+        }
         ggml_tensor * y = ggml_mul_mat(g(), l.weight, x);
         return l.bias != nullptr ? ggml_add(g(), y, l.bias) : y;
     }

@@ -60,7 +60,13 @@ Buffer allocate(ggml_context * context, ggml_backend_buffer_type_t type) {
 }  // namespace
 
 void TowerWeights::load(const GgufHeader & header, const TowerShape & shape, ggml_backend_t backend, bool repack) {
+    const File file(std::fopen(header.path.c_str(), "rb"), std::fclose);
+    if (!file) {
+        fail(LLAVA_EDGE_IO, "can't read %s: %s", header.path.c_str(), std::strerror(errno));
+    }
+    file_              = file.get();
     header_            = &header;
+    on_cpu_            = repack;
     const auto device  = ggml_backend_get_device(backend);
     const auto packing = repack ? repacking_type(device) : nullptr;
     can_repack_        = [=](ggml_type type, int64_t in, int64_t out) {
@@ -95,14 +101,11 @@ void TowerWeights::load(const GgufHeader & header, const TowerShape & shape, ggm
 
     plain_buffer_    = allocate(plain_.get(), ggml_backend_dev_buffer_type(device));
     repacked_buffer_ = allocate(repacked_.get(), packing);
-    const File file(std::fopen(header.path.c_str(), "rb"), std::fclose);
-    if (!file) {
-        fail(LLAVA_EDGE_IO, "can't read %s: %s", header.path.c_str(), std::strerror(errno));
-    }
     for (const Part & part : parts_) {
         read(file.get(), part);
     }
     parts_  = {};
+    file_   = nullptr;
     header_ = nullptr;
 }
 
@@ -126,9 +129,8 @@ Linear TowerWeights::linear(const std::vector<std::string> & names) {
     const auto         type  = static_cast<ggml_type>(first.type);
     const auto         in = static_cast<int64_t>(first.shape[0]), out = static_cast<int64_t>(first.shape[1]);
     const auto         rows  = out * static_cast<int64_t>(names.size());
-    ggml_context *     where = can_repack_(type, in, rows) ? repacked_.get() : plain_.get();
-    Linear             layer{ ggml_new_tensor_2d(where, type, in, rows), nullptr };
-    Part               weights{ layer.weight, {}, first.n_bytes }, biases{ nullptr, {}, static_cast<size_t>(out) * sizeof(float) };
+    Linear             layer;
+    Part               weights{ nullptr, {}, first.n_bytes }, biases{ nullptr, {}, static_cast<size_t>(out) * sizeof(float) };
     for (const std::string & name : names) {
         weights.names.push_back(name + ".weight");
         biases.names.push_back(name + ".bias");
@@ -136,7 +138,14 @@ Linear TowerWeights::linear(const std::vector<std::string> & names) {
             layer.bias = ggml_new_tensor_1d(plain_.get(), GGML_TYPE_F32, rows);
         }
     }
-    parts_.push_back(weights);
+    if (on_cpu_ && type == GGML_TYPE_Q8_0 && Q8Linear::fits(in, rows)) {
+        uint32_t found = 0;
+        layer.q8       = std::make_unique<Q8Linear>(read_bytes(file_, weights, &found).data(), in, rows);
+    } else {
+        layer.weight = ggml_new_tensor_2d(can_repack_(type, in, rows) ? repacked_.get() : plain_.get(), type, in, rows);
+        weights.to   = layer.weight;
+        parts_.push_back(weights);
+    }
     if (layer.bias != nullptr) {
         biases.to = layer.bias;
         parts_.push_back(biases);
@@ -145,35 +154,42 @@ Linear TowerWeights::linear(const std::vector<std::string> & names) {
 }
 
 std::vector<Linear> TowerWeights::merged(const std::vector<std::string> & names) {
-    bool same = true;
+    std::vector<Linear> layers;
+    bool                same = true;
     for (const std::string & name : names) {
         same = same && header_->tensors.at(name + ".weight").type == header_->tensors.at(names[0] + ".weight").type;
     }
     if (same) {
-        return { linear(names) };
+        layers.push_back(linear(names));
+        return layers;
     }
-    std::vector<Linear> layers;
     for (const std::string & name : names) {
         layers.push_back(linear({ name }));
     }
     return layers;
 }
 
-// A bias that the file lacks stays zero. A table of positions becomes float32.
-void TowerWeights::read(FILE * file, const Part & part) {
+// The bytes of all its tensors, one after the other. A bias that the file lacks stays zero.
+std::vector<uint8_t> TowerWeights::read_bytes(FILE * file, const Part & part, uint32_t * type) {
     std::vector<uint8_t> bytes(part.each * part.names.size());
-    uint32_t             type = GGML_TYPE_F32;
     for (size_t i = 0; i < part.names.size(); i++) {
         const GgufTensor * entry = header_->tensor(part.names[i]);
         if (entry == nullptr) {
             continue;
         }
-        type = entry->type;
+        *type = entry->type;
         if (fseeko(file, static_cast<off_t>(entry->offset), SEEK_SET) != 0 ||
             std::fread(bytes.data() + i * part.each, 1, part.each, file) != part.each) {
             fail(LLAVA_EDGE_IO, "can't read %s: tensor %s is cut off", header_->path.c_str(), part.names[i].c_str());
         }
     }
+    return bytes;
+}
+
+// A table of positions becomes float32.
+void TowerWeights::read(FILE * file, const Part & part) {
+    uint32_t   type  = GGML_TYPE_F32;
+    const auto bytes = read_bytes(file, part, &type);
     if (type != static_cast<uint32_t>(part.to->type)) {
         std::vector<float> values(static_cast<size_t>(ggml_nelements(part.to)));
         ggml_get_type_traits(static_cast<ggml_type>(type))->to_float(bytes.data(), values.data(), ggml_nelements(part.to));

@@ -6,12 +6,14 @@
 #include <vector>
 
 #include "ggml_handles.h"
+#include "q8_linear.h"
 #include "tower_file.h"
 
 namespace llava_edge {
 
 struct Linear {
-    ggml_tensor *weight = nullptr, *bias = nullptr;  // [in, out], [out]
+    ggml_tensor *             weight = nullptr, *bias = nullptr;  // [in, out], [out]
+    std::unique_ptr<Q8Linear> q8     = nullptr;                   // in place of the weight
 };
 
 struct Norm {
@@ -40,7 +42,7 @@ class TowerWeights {
 
   private:
     struct Part {  // a tensor, and those of the file that it is put together from
-        ggml_tensor *            to;
+        ggml_tensor *            to;  // null: of a Q8Linear
         std::vector<std::string> names;
         size_t                   each;  // bytes of one of them
     };
@@ -48,6 +50,7 @@ class TowerWeights {
     ggml_tensor *       vector(const std::string & name);
     Norm                norm(const std::string & name);
     Linear              linear(const std::vector<std::string> & names);
+    std::vector<uint8_t> read_bytes(FILE * file, const Part & part, uint32_t * type);
     std::vector<Linear> merged(const std::vector<std::string> & names);
     void                read(FILE * file, const Part & part);
 
@@ -55,6 +58,8 @@ class TowerWeights {
     Context              plain_, repacked_;
     Buffer               plain_buffer_, repacked_buffer_;
     std::vector<Part>    parts_;
+    FILE *               file_ = nullptr;
+    bool                 on_cpu_ = false;
     std::function<bool(ggml_type, int64_t, int64_t)> can_repack_;
 };
 
