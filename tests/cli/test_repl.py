@@ -204,4 +204,5 @@ def test_a_second_turn_costs_its_own_tokens_only(run, cat):
     assert len(turns) == 2
     # Of the first turn more or less was read while it was typed.
     assert turns[1][0] < 40 < turns[0][1] < turns[1][1]
-    assert result.err.count("encode") == 1
+    # The first turn's line may be without an encode too, where it was over before the question came.
+    assert "encode" not in [line for line in result.err.splitlines() if "prefill" in line][1]
