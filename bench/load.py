@@ -194,20 +194,24 @@ def main() -> None:
     parser.add_argument("--pid", type=int, help="with --url: its process, whose memory is watched")
     parser.add_argument("--ask-for", help="with --url: the name to ask for")
     parser.add_argument("--clients", default="1,8", help="runs with so many clients each, after one another")
-    parser.add_argument("--seconds", type=float, default=60.0, help="length of a run")
+    parser.add_argument("--seconds", default="60", help="length of every run, or of each of them: 180,600")
     parser.add_argument("--leave", type=float, default=0.1, help="share of the answers that are left early")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--cancels", type=int, default=0, help="also measure how soon a place is free")
     parser.add_argument("--seed", type=int, default=1)
     chosen, rest = parser.parse_known_args()
     scripts = make_scripts(chosen.pictures, chosen.seed)
+    clients_of = [int(number) for number in chosen.clients.split(",")]
+    lengths = [float(length) for length in chosen.seconds.split(",")]
+    if len(lengths) not in (1, len(clients_of)):
+        parser.error("--seconds takes one length, or as many as --clients has numbers")
     result: dict[str, Any] = {"runs": []}
     tallies = []
     with server(chosen.url, rest) as (url, process):
         client = Client(url, chosen.ask_for, chosen.max_tokens)
-        for clients in map(int, chosen.clients.split(",")):
-            tallies.append(run_clients(client, scripts, clients, chosen.seconds, chosen.leave, chosen.pid or process))
-            result["runs"].append(summary(tallies[-1], clients, chosen.seconds))
+        for clients, seconds in zip(clients_of, lengths * (len(clients_of) // len(lengths)), strict=True):
+            tallies.append(run_clients(client, scripts, clients, seconds, chosen.leave, chosen.pid or process))
+            result["runs"].append(summary(tallies[-1], clients, seconds))
             sys.stderr.write(json.dumps(result["runs"][-1]) + "\n")
         if chosen.cancels:
             result["cancels"] = cancel_latencies(client, chosen.cancels, chosen.seed)
