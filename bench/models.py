@@ -38,7 +38,11 @@ class Subject:
             return self.image_tokens
         rows, columns = pooled_grid(grid, self.image_tokens)
         tiles = [(width // image.size, height // image.size) for width, height in image.grid]
-        return self.image_tokens + max(down * rows * (across * columns + 1) for across, down in tiles)
+        most = max(down * rows * (across * columns + 1) for across, down in tiles)
+        if image.max_tiles:  # the runtime tolerates 1.1 a side before it scales down; each row has an end
+            room = int(1.21 * image.max_tiles * rows * columns)
+            most = min(most, room + max(down for _, down in tiles) * rows)
+        return self.image_tokens + most
 
     @property
     def synthetic(self) -> bool:

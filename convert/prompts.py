@@ -235,7 +235,9 @@ def jinja_source(prompt: PromptFormat, *, bos_added: bool) -> str:
     """
     before, _, after = prompt.system.partition("{system}")
     system = f"{_literal(before)} + message['content'] + {_literal(after)}"
-    user = f"{_literal(prompt.user_prefix)} + message['content'] + {_literal(prompt.user_suffix)}"
+    text = _literal(prompt.text_prefix)  # the programs' markers of pictures are <__media__> and <__media_RANDOM__>
+    opening = f"('' if '<__media' in message['content'] else {text}) + " if prompt.text_prefix else ""
+    user = f"{_literal(prompt.user_prefix)} + {opening}message['content'] + {_literal(prompt.user_suffix)}"
     assistant = f"{_literal(prompt.assistant_prefix)} + message['content'] + {_literal(prompt.turn_end)}"
     start = f"{{{{ {_literal(prompt.bos)} }}}}" if prompt.bos and not bos_added else ""
     if prompt.default_system is not None:

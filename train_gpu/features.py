@@ -135,7 +135,7 @@ class FeatureCache:
                 f"no feature cache in {directory}", hint="Make it with `python -m llava_edge.train_gpu.prepare_nano`."
             ) from None
         self.rows: dict[str, int] = {name: row for row, name in enumerate(index["names"])}
-        self.blocks: int = index["blocks"]
+        self.blocks: int = index.get("blocks", 0)  # a cache of an earlier version has none
         self.array: NDArray[np.float16] = np.memmap(
             directory / "features.f16", dtype=np.float16, mode="r", shape=tuple(index["shape"])
         )

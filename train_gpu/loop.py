@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -134,8 +135,10 @@ class Run:
         if not data.cache_features:
             return PixelPictures(self.spec)
         config = model.config
-        self._tower = model.model.vision_tower
         blocks = self.recipe.model.tower_blocks
+        tower = model.model.vision_tower
+        # Blocks that are trained become float32, and with FSDP parts of themselves: then the cache needs its own tower.
+        self._tower = copy.deepcopy(tower) if blocks else tower
         key = tower_key(self._tower, config, self.spec, uses_bfloat16(self.recipe.scale), blocks)
         return CachedPictures(ContentCache(Path(data.cache_features) / key, cached_shape(config, blocks)))
 
@@ -145,8 +148,8 @@ class Run:
             return
         cache, device = self.pictures.cache, self.engine.device
         assert isinstance(cache, ContentCache)
-        tower, config = self._tower.to(device), self.engine.trainee.config
-        dtype = next(tower.parameters()).dtype
+        dtype = torch.bfloat16 if self.engine.trainee.bf16 else torch.float32
+        tower, config = self._tower.to(device, dtype), self.engine.trainee.config
 
         @torch.inference_mode()
         def encode(pixels: torch.Tensor) -> torch.Tensor:

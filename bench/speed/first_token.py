@@ -41,7 +41,8 @@ def whole_process(
     """Seconds of a whole ``llava-edge chat -p`` that rambles, and how many tokens it wrote."""
     from llava_edge.bench.speed.peer import RAMBLING
 
-    options: list[object] = ["--threads", threads, "--n-ctx", n_ctx, "--max-tokens", tokens, "--json", "--quiet"]
+    options: list[object] = ["--threads", threads, "--n-ctx", n_ctx, "--max-tokens", tokens, "--seed", 0]
+    options += ["--n-gpu-layers", 0, "--json", "--quiet"]
     command: list[object] = [
         sys.executable,
         "-m",

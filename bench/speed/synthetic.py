@@ -126,7 +126,7 @@ def add_onnx(shape: Shape, directory: Path, kind: str) -> None:
         sizes |= {f"projector.{number}.weight": (shape.width, columns), f"projector.{number}.bias": (shape.width,)}
 
     def random(size: tuple[int, ...]) -> Callable[[], Any]:
-        return lambda: torch.randn(size) * 0.02
+        return lambda: torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.02
 
     stored = {name: Stored(directory, name, size, random(size)) for name, size in sizes.items()}
     described = _Described(tower_from_config(config), Projector(2, tower.width, shape.width), (tower.feature_layer,))

@@ -16,6 +16,7 @@ from llava_edge.bench.environment import BUSY, Watch
 from llava_edge.bench.models import Subject
 from llava_edge.bench.record import Metric, Result, read_result, with_metrics, write_atomically
 from llava_edge.bench.speed import first_token, peer
+from llava_edge.bundle import sha256_file
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.vision.tokens import pooled_counts
 
@@ -91,7 +92,14 @@ class _Pairs:
         self._bench = bench
         self._samples: defaultdict[str, list[float]] = defaultdict(list)
         self._row = subject.row()
-        described = {**asdict(settings), "picture": settings.picture.name, "n_ctx": N_CTX, "pairs": None}
+        described = {
+            **asdict(settings),
+            "picture": settings.picture.name,
+            "picture_sha256": sha256_file(settings.picture),
+            "peer_sha256": sha256_file(self._program),
+            "n_ctx": N_CTX,
+            "pairs": None,
+        }
         self._described = json.loads(json.dumps(described))
 
     @property
@@ -103,6 +111,10 @@ class _Pairs:
         """Take over the samples of an earlier run; InputError if it was of something else."""
         if before.kind != "ttft" or before.settings != self._described or before.rows[0].files != self._row.files:
             raise InputError("the record in --output is of another model or other settings", hint="Name another file.")
+        now = environment.result("ttft", (self._row,), self._described)
+        for name in ("version", "llama_cpp_commit", "machine"):
+            if getattr(before, name) != getattr(now, name):
+                raise InputError(f"the record in --output is of another {name}", hint="Name another file.")
         for name, metric in before.rows[0].metrics.items():
             self._samples[name].extend(metric.samples)
         self.notes += before.warnings
@@ -122,7 +134,7 @@ class _Pairs:
             questions=settings.questions,
             counts=settings.counts,
             answer_tokens=settings.answer_tokens,
-            settings={"n_threads": settings.threads, "n_ctx": N_CTX},
+            settings={"n_threads": settings.threads, "n_ctx": N_CTX, "n_gpu_layers": 0},  # as the peer
         )
 
     def pair(self) -> None:
@@ -170,6 +182,9 @@ class _Pairs:
                 cache=cache,
             )
             self._samples[name].append(times[name])
+        ours = self._subject.bundle.manifest.visual_tokens.default
+        if ours != settings.counts[0]:
+            self.note(f"whole processes: chat reads a picture as {ours} tokens, the peer as {settings.counts[0]}")
         if written < settings.answer_tokens:
             self.note(f"the answer ends after {written} tokens, and the peer writes as many")
         theirs = self._ask_peer(written, rambling=True).process_seconds

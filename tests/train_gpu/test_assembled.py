@@ -134,13 +134,15 @@ def test_finetune_moves_projector_and_llm_and_the_tower_blocks_that_were_asked_f
     assert blocks == {"1"}  # of three blocks the last is not used by feature layer -2
 
 
+@pytest.mark.parametrize(("precision", "near"), [("float32", 2e-3), ("bf16", 2e-2)])  # what is cached is in float16
 def test_what_enters_the_trained_blocks_is_cached_and_changes_nothing(
-    make: Callable[..., Recipe], tmp_path: Path
+    make: Callable[..., Recipe], tmp_path: Path, precision: str, near: float
 ) -> None:
-    live = make("live", "finetune", "model.tower_blocks=1")
-    cached = make("kept", "finetune", "model.tower_blocks=1", f"data.cache_features={tmp_path / 'cache'}")
+    settings = ("finetune", "model.tower_blocks=1", f"scale.precision={precision}")
+    live = make("live", *settings)
+    cached = make("kept", *settings, f"data.cache_features={tmp_path / 'cache'}")
     losses = [[record["loss"] for record in (train(recipe), log_of(recipe))[1]] for recipe in (live, cached)]
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # what is cached is in float16
+    assert losses[0] == pytest.approx(losses[1], rel=near)
     before, after = weights(Path(cached.output + ".run") / "init"), weights(Path(cached.output))
     blocks = {n.split("layers.")[1][0] for n in before if "vision" in n and not torch.equal(before[n], after[n])}
     assert blocks == {"1"}

@@ -139,7 +139,7 @@ def speed(
     with ExitStack() as stack:
         for shape, kind in asked:
             folder = stack.enter_context(synthetic_bundle(shape, kind, mmproj_type, _say(quiet)))
-            subjects.append(open_subject(folder, image_tokens))
+            subjects.append(open_subject(folder, image_tokens, vision_backend))
         result = bench_speed(subjects, settings, _say(quiet))
     _show(result, as_json, output)
 
