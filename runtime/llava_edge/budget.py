@@ -54,7 +54,8 @@ def choose(pace: Pace, counts: Sequence[int], seconds: float) -> int:
 
 def pace_of(model: Model) -> Pace:
     """How fast a model is here: measured once, and remembered with everything else on disk."""
-    known = None if model.remembered is None else model.remembered.fact("pace")
+    name = f"pace of {model.backend}"
+    known = None if model.remembered is None else model.remembered.fact(name)
     try:
         if known is not None:
             found = json.loads(known)
@@ -63,7 +64,7 @@ def pace_of(model: Model) -> Pace:
         log.debug("a pace on disk is ignored: %s", error)
     pace = _measure(model)
     if model.remembered is not None:
-        model.remembered.keep_fact("pace", json.dumps(asdict(pace)))
+        model.remembered.keep_fact(name, json.dumps(asdict(pace)))
     return pace
 
 
@@ -72,8 +73,8 @@ def _measure(model: Model) -> Pace:
     if spec is None:
         raise LlavaEdgeError("only a bundle tells how its pictures are read")
     picture = model.open_picture(probe_picture(spec.size))
-    model.encode(picture)  # loads the tower
-    model.forget()
+    model.open_vision()
+    model.encode_anew(picture)  # the first time is slower
     began = time.perf_counter()
     model.encode_anew(picture)
     encoded = time.perf_counter()

@@ -106,7 +106,6 @@ class Engine:
         self._library = native.llama()
         self._model: Any = None
         self._context: Any = None
-        self.stopping = False
         try:
             self.n_threads = n_threads or native.default_threads()
             self._load(n_gpu_layers, repack)
@@ -138,7 +137,16 @@ class Engine:
     @property
     def stop_wanted(self) -> bool:
         """Whether the evaluation that runs now has been asked to end, by ``stopping`` or Ctrl-C."""
-        return self.stopping or self.worker.aborting
+        return self.worker.stopping or self.worker.aborting
+
+    @property
+    def stopping(self) -> bool:
+        """Whether another thread wants what runs to end."""
+        return self.worker.stopping
+
+    @stopping.setter
+    def stopping(self, wanted: bool) -> None:
+        self.worker.stopping = wanted
 
     @property
     def model_pointer(self) -> Any:
@@ -413,8 +421,8 @@ class Engine:
         wanted = self._settings["flash_attention"]
         params.flash_attn_type = _FLASH_AUTO if wanted is None else int(wanted)
         params.no_perf = True
-        self._abort = library.ggml_abort_callback(lambda _data: self.stop_wanted)
-        params.abort_callback = self._abort
+        params.abort_callback = ctypes.cast(native.flag_reader(), library.ggml_abort_callback)
+        params.abort_callback_data = self.worker.stop_flag
         if observer is not None:
             params.cb_eval = observer
         native.forget_errors()

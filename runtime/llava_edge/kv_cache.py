@@ -77,13 +77,7 @@ class KvCache:
         ContextFullError
             The units and one more token don't fit; the cache is as it was.
         """
-        steps = self.prefill_steps(units, images)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                prefill: Prefill = done.value
-                return prefill
+        return finish(self.prefill_steps(units, images))
 
     def read_ahead(self, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:
         """Evaluate units with which a prompt is going to begin. There are no logits afterwards."""
@@ -96,7 +90,7 @@ class KvCache:
     def prefill_steps(
         self, units: Sequence[Unit], images: Mapping[str, EncodedImage]
     ) -> Generator[None, None, Prefill]:
-        """The same as :meth:`prefill`, with a pause between batches. Closing it leaves whole units in the cache."""
+        """The same as :meth:`prefill`, with a pause before every unit and batch. Closing it leaves whole units."""
         sizes = [len(u.ids) if isinstance(u, TokenRun) else images[u.key].n_tokens for u in units]
         needed = sum(sizes)
         if needed >= self._engine.n_ctx:
@@ -106,8 +100,7 @@ class KvCache:
             )
         kept = self._keep(self.common(units))
         for index, unit in enumerate(units[kept:], kept):
-            if index > kept:
-                yield
+            yield
             yield from self._evaluate(unit, images, last=index == len(units) - 1)
         image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
         return Prefill(needed, sum(sizes[:kept]), image)
@@ -159,9 +152,16 @@ class KvCache:
     def _keep(self, count: int) -> int:
         """Cut the list first and the cache to fit it; 0 if the model can only forget everything."""
         del self._entries[count:]
-        if not self._engine.truncate(self._entries[-1].end if self._entries else 0, self.seq):
-            self._entries.clear()
+        self._cut(self._entries[-1].end if self._entries else 0)
         return len(self._entries)
+
+    def _cut(self, end: int) -> None:
+        """Cut the cache to a position; a model that can't forget a part has forgotten everything, now or before."""
+        if self._engine.position(self.seq) < end:
+            self._engine.truncate(0, self.seq)
+            self._entries.clear()
+        elif not self._engine.truncate(end, self.seq):
+            self._entries.clear()
 
     def _evaluate(self, unit: Unit, images: Mapping[str, EncodedImage], *, last: bool) -> Iterator[None]:
         start = self._engine.position(self.seq)
@@ -173,7 +173,7 @@ class KvCache:
                 tokens = images[unit.key].n_tokens
                 yield from self._evaluate_image(images[unit.key], last)
         except BaseException:
-            self._engine.truncate(start, self.seq)
+            self._cut(start)
             raise
         self._note(unit, tokens)
 
@@ -213,6 +213,16 @@ class KvCache:
         """The places at which the engine would cut a run itself."""
         for start in range(0, count, self._engine.n_batch):
             yield slice(start, min(count, start + self._engine.n_batch))
+
+
+def finish(steps: Generator[None, None, Prefill]) -> Prefill:
+    """Go through all steps of a prompt's evaluation."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            prefill: Prefill = done.value
+            return prefill
 
 
 class SavedCache:

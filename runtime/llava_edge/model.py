@@ -146,13 +146,14 @@ def load(
         kv_type=kv_type,
         flash_attention=flash_attention,
     )
+    made: Model | None = None
     try:
         made = Model(engine, parts, started, DiskCache() if cache else None, image_reduction)
         if auto:
             made.choose_image_tokens(DEFAULT_SECONDS if ttft_budget is None else ttft_budget)
         return made
     except BaseException:
-        engine.close()
+        (made or engine).close()
         raise
 
 
@@ -380,13 +381,14 @@ class Model:
             return self._encode(picture, key, image_tokens)
         spec, _ = self.picture_settings
         about = functools.partial(self.remembered.picture_key, picture.key, spec, image_tokens)
-        found = self.remembered.picture(key, about(self._backend(), self.image_reduction))
+        found = self.remembered.picture(key, about(self.backend, self.image_reduction))
         if found is None:
             found = self._encode(picture, key, image_tokens)
-            self.remembered.keep_picture(about(self._backend(), self.image_reduction), found)
+            self.remembered.keep_picture(about(self.backend, self.image_reduction), found)
         return found
 
-    def _backend(self) -> str:
+    @property
+    def backend(self) -> str:
         """The vision backend that runs, or the one that is going to be tried first."""
         if self.vision_backend is not None or self._parts.bundle is None:
             return self.vision_backend or "mtmd"

@@ -6,6 +6,7 @@ waits where Python can deliver a KeyboardInterrupt; the worker is told to stop a
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
 import os
@@ -134,17 +135,38 @@ class _Job:
 
 
 class Worker:
-    """One thread that makes the calls, in the order in which they come."""
+    """One thread that makes the calls, in the order in which they come.
+
+    ``stop_flag`` is the address of a byte that is 1 while the call that runs now is to end, and of a 0 behind it.
+    """
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._current: _Job | None = None
+        self._stopping = False
+        self._lock = threading.Lock()
+        self._flag = (ctypes.c_uint8 * 2)()
+        self.stop_flag = ctypes.c_void_p(ctypes.addressof(self._flag))
         threading.Thread(target=self._work, name="llava-edge", daemon=True).start()
 
     @property
     def aborting(self) -> bool:
         """Whether the call that runs now has been asked to stop."""
         return self._current is not None and self._current.cancelled
+
+    @property
+    def stopping(self) -> bool:
+        """Whether somebody wants the calls to end; may be set from any thread."""
+        return self._stopping
+
+    @stopping.setter
+    def stopping(self, wanted: bool) -> None:
+        self._stopping = wanted
+        self._raise_flag()
+
+    def _raise_flag(self) -> None:
+        with self._lock:  # the last one who comes sees what is true
+            self._flag[0] = self._stopping or self.aborting
 
     def run(self, call: Callable[[], T]) -> T:
         """The call's result. An interruption of the waiting thread stops the call, then goes on to the caller."""
@@ -154,6 +176,7 @@ class Worker:
             job.wait()
         except BaseException:
             job.cancelled = True
+            self._raise_flag()
             self._settle()
             raise
         if job.failure is not None:
@@ -168,8 +191,10 @@ class Worker:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             self._current = job
+            self._raise_flag()
             job.run()
             self._current = None
+            self._raise_flag()
 
     def _settle(self) -> None:
         """Wait for all calls before. They use the caller's memory, so further interruptions have to wait too."""
@@ -181,6 +206,15 @@ class Worker:
                     time.sleep(0.001)
             except KeyboardInterrupt:
                 continue
+
+
+def flag_reader() -> Any:
+    """A C function that tells of a :attr:`Worker.stop_flag` whether it is set: the length of it as a string.
+
+    llama.cpp asks after every tensor, with the other threads waiting. A Python function would have to wait for the
+    interpreter's lock each time.
+    """
+    return ctypes.CDLL("msvcrt" if os.name == "nt" else None).strlen
 
 
 def default_threads() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -84,7 +85,7 @@ def check_room(wanted: Plan) -> None:
         )
     root = models_dir()
     root.mkdir(parents=True, exist_ok=True)
-    missing = sum(max(0, file.size - _have(file)) for _, file in wanted.files) + _ROOM
+    missing = sum(max(0, file.size - _have(wanted, file)) for _, file in wanted.files) + _ROOM
     free = shutil.disk_usage(root).free
     if missing > free:
         raise ModelError(
@@ -114,7 +115,7 @@ def pull(wanted: Plan, *, progress: hub.Progress | None = None, say: Say | None 
                 f"there is another model {wanted.name}, from {present.source}",
                 hint=f"Remove it first (`llava-edge remove {wanted.name}`), or give this one a name with --as.",
             )
-        parts = models_dir() / ".partial"
+        parts = _partial(wanted)
         arrived = [(label, hub.download(wanted.repository, file, parts, progress)) for label, file in wanted.files]
         work = models_dir() / f".{wanted.name}.arriving"
         shutil.rmtree(work, ignore_errors=True)
@@ -234,7 +235,14 @@ def _same(present: store.Pulled, wanted: Plan) -> bool:
 def _forget(wanted: Plan) -> None:
     """Delete what was kept of the download for the case of an interruption."""
     for _, file in wanted.files:
-        (models_dir() / ".partial" / file.digest).unlink(missing_ok=True)
+        (_partial(wanted) / file.digest).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        _partial(wanted).rmdir()
+
+
+def _partial(wanted: Plan) -> Path:
+    """Where a download is kept until it is complete: each model's apart, because the lock is one of a name."""
+    return models_dir() / ".partial" / wanted.name
 
 
 def _place(path: Path, target: Path) -> None:
@@ -245,8 +253,8 @@ def _place(path: Path, target: Path) -> None:
         path.rename(target)
 
 
-def _have(file: RemoteFile) -> int:
-    parts = models_dir() / ".partial"
+def _have(wanted: Plan, file: RemoteFile) -> int:
+    parts = _partial(wanted)
     for path in (parts / file.digest, parts / f"{file.digest}.partial"):
         if path.exists():
             return path.stat().st_size

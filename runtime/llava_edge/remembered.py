@@ -13,7 +13,7 @@ import logging
 import platform
 import struct
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import metadata
@@ -29,7 +29,7 @@ from llava_edge.vision.packed import digest, pack, unpack
 
 if TYPE_CHECKING:
     from llava_edge.engine import Engine
-    from llava_edge.kv_cache import KvCache
+    from llava_edge.kv_cache import KvCache, Prefill
     from llava_edge.types import ImageSpec
     from llava_edge.vision import EncodedImage
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 _MOST_PENDING = 8
 _PLACE = struct.Struct("<QQ")  # tokens and position at the prefix's end
-_LIBRARIES = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime"}
+_LIBRARIES = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime"}  # native: see _backend_version
 
 
 class Remembered:
@@ -52,10 +52,12 @@ class Remembered:
         self._engine = engine
         self._files = files
         self._machine = [platform.system(), platform.machine(), _features(), native.version()]
+        self._seen = {path: _stamp(path) for path in files}  # as they were when they were loaded
         self._identities: list[list[Any]] | None = None
         self._writer: ThreadPoolExecutor | None = None
         self._pending: deque[Future[None]] = deque()
         self._copy: Future[None] | None = None  # the KV cache that is being written
+        self._unwritten: tuple[str, list[bytes | memoryview]] | None = None
         self._identify(may_read=False)
 
     def close(self) -> None:
@@ -84,13 +86,17 @@ class Remembered:
     def picture_key(
         self, picture: str, spec: ImageSpec | None, image_tokens: int | None, backend: str, reduction: str = "pool"
     ) -> str | None:
-        """The key of a picture's embeddings; None while the files' content is not known."""
+        """The key of a picture's embeddings; None while what makes them is not known for sure."""
+        try:
+            version = _backend_version(backend)
+        except LlavaEdgeError:  # no such library: opening the tower will say so, or take another one
+            return None
         if self._identities is None:
             return None
         return key_of(
             picture=picture,
             spec=None if spec is None else asdict(spec),
-            backend=[backend, _version(_LIBRARIES.get(backend, "llama-cpp-python"))],
+            backend=[backend, version],
             image_tokens=image_tokens,
             reduction=reduction,
             files=self._identities,
@@ -132,23 +138,46 @@ class Remembered:
             if found is not None and _adopt(kv, found, entries[:count]):
                 return
 
-    def keep_prefix(self, kv: KvCache, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:
-        """Copy the cache and write it, later, so that another process finds it up to the last picture's end."""
-        ends = _picture_ends(units)
-        if not ends or self._identities is None or kv.common(units) < ends[-1]:
+    def keeping(
+        self,
+        kv: KvCache,
+        units: Sequence[Unit],
+        images: Mapping[str, EncodedImage],
+        steps: Generator[None, None, Prefill],
+    ) -> Generator[None, None, Prefill]:
+        """The steps of a prompt's evaluation, with a copy of the cache where the last picture ends.
+
+        What follows, the question, is not in the copy. :meth:`write_prefix` writes it, for other processes.
+        """
+        end = max(_picture_ends(units), default=0)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                prefill: Prefill = done.value
+                return prefill
+            if end and len(kv.entries) == end:
+                self._copy_prefix(kv, units[:end], images)
+            yield
+
+    def _copy_prefix(self, kv: KvCache, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:
+        if self._identities is None:
             return
-        key = self._prefix_key(units[: ends[-1]], {key: digest(image) for key, image in images.items()})
+        key = self._prefix_key(units, {key: digest(image) for key, image in images.items()})
         # A second copy would be held in memory while the first one is being written.
         if (self._copy is not None and not self._copy.done()) or self._cache.has("prefixes", key):
             return
-        last = kv.entries[ends[-1] - 1]
         try:
-            saved = kv.save()
-            self._copy = self._submit(
-                self._cache.put, "prefixes", key, [_PLACE.pack(last.tokens, last.end), saved.data]
-            )
-        except (LlavaEdgeError, OSError, RuntimeError, MemoryError) as error:  # the answer goes on without
+            place = _PLACE.pack(kv.entries[-1].tokens, kv.entries[-1].end)
+            self._unwritten = (key, [place, kv.save().data])
+        except (LlavaEdgeError, OSError, MemoryError) as error:  # the answer goes on without
             log.debug("this part of the KV cache is not kept: %s", error)
+
+    def write_prefix(self) -> None:
+        """Write the last copy, in the thread for that: best once the first word is out."""
+        if self._unwritten is not None:
+            (key, parts), self._unwritten = self._unwritten, None
+            self._copy = self._submit(self._cache.put, "prefixes", key, parts)
 
     def _prefix_key(self, units: Sequence[Unit], digests: Mapping[str, str]) -> str:
         listed = [list(unit.ids) if isinstance(unit, TokenRun) else digests[unit.key] for unit in units]
@@ -173,7 +202,7 @@ class Remembered:
                 status = path.stat()
                 facts: list[Any] = [status.st_size, status.st_mtime_ns]
                 content = listed or self._hash_of(path, facts, may_read)
-                if content is None:
+                if content is None or _stamp(path) != self._seen[path]:  # another file lies there now
                     return
                 found.append([content, *(facts if listed else ())])
         except (OSError, LlavaEdgeError) as error:
@@ -196,9 +225,25 @@ class Remembered:
         return content
 
 
+def _backend_version(backend: str) -> str:
+    if backend == "native":
+        from llava_edge.vision.native import version
+
+        return version()
+    return _version(_LIBRARIES[backend])
+
+
 @functools.cache
 def _version(distribution: str) -> str:
     return metadata.version(distribution)
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev
 
 
 def _features() -> str:

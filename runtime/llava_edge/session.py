@@ -15,6 +15,7 @@ from PIL import Image
 from llava_edge.ahead import Ahead
 from llava_edge.errors import InputError
 from llava_edge.generate import Generation, generate
+from llava_edge.kv_cache import finish
 from llava_edge.prompt import Answer, ImageRef, Segment
 from llava_edge.sampling import Sampler
 from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage
@@ -89,6 +90,7 @@ class ChatSession:
         if not 0 <= n_turns <= len(self._turns):
             raise InputError(f"n_turns is {n_turns}; the chat has {len(self._turns)}")
         self._stop_stream()
+        self._drop_ahead()
         self._turns, self._pending = self._turns[:n_turns], ()
 
     def add_image(self, source: ImageSource) -> None:
@@ -226,11 +228,10 @@ class ChatSession:
             model.answering = generation
             clock = _Clock(started)
             turn, prefill = self._prepare(text, sources, clock)
-            remember = self._remember(turn)
             for piece in generate(model.token_loop(generation, Sampler(params), max_tokens, stop), model.cache):
                 yield Chunk(piece)
-                next(remember, None)
-            next(remember, None)
+                self._write_prefix()
+            self._write_prefix()
             self._commit(turn, generation)
             yield Chunk("", self._reply(generation, prefill, clock))
         except (GeneratorExit, KeyboardInterrupt):
@@ -254,7 +255,10 @@ class ChatSession:
         known = self._known(turn)
         if model.remembered is not None:
             model.remembered.restore(model.cache, units, known)
-        prefill = model.cache.prefill(units, known)
+        steps = model.cache.prefill_steps(units, known)
+        if model.remembered is not None and not self._turns:  # nobody else begins with a later turn
+            steps = model.remembered.keeping(model.cache, units, known, steps)
+        prefill = finish(steps)
         clock.encode_seconds = encoded_at - began
         clock.prefill_seconds = time.perf_counter() - encoded_at
         return turn, prefill
@@ -273,15 +277,9 @@ class ChatSession:
     def _known(self, turn: _Turn) -> dict[str, EncodedImage]:
         return {image.key: image for past in (*self._turns, turn) for image in past.encoded}
 
-    def _remember(self, turn: _Turn) -> Generator[None, None, None]:
-        """When it is first asked, keep the picture's part of the KV cache for other processes.
-
-        Later turns aren't: nobody else begins with this conversation. It is asked once the first words are out.
-        """
-        if self._model.remembered is not None and not self._turns:
-            units = self._model.tokenizer.units(self._history(turn))
-            self._model.remembered.keep_prefix(self._model.cache, units, self._known(turn))
-        yield
+    def _write_prefix(self) -> None:
+        if self._model.remembered is not None:
+            self._model.remembered.write_prefix()
 
     def _history(self, turn: _Turn) -> list[Segment]:
         segments: list[Segment] = []

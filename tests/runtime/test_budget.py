@@ -49,7 +49,9 @@ def test_the_pace_is_measured_once(tiny_bundle: Path, tmp_path: Path, monkeypatc
         assert first.encode_seconds > 0
         assert first.token_seconds > 0
         assert model.remembered is not None
-        model.remembered.keep_fact("pace", json.dumps({"encode_seconds": 50.0, "token_seconds": 1.0}))
+        model.remembered.keep_fact(
+            f"pace of {model.backend}", json.dumps({"encode_seconds": 50.0, "token_seconds": 1.0})
+        )
     assert DiskCache().usage()["facts"].entries == 1
     with pytest.raises(InputError, match=r"a picture of 4 tokens 86 s, 16 tokens 98 s"):
         llava_edge.load(tiny_bundle, n_threads=1, n_ctx=256, image_tokens="auto")

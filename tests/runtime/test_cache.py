@@ -326,6 +326,18 @@ def test_a_hit_gives_the_bits_of_a_miss_with_nano(kv_type: str) -> None:
 
 
 @pytest.mark.usefixtures("home")
+def test_what_was_asked_is_no_part_of_what_is_kept(tiny_bundle: Path, pictures: list[Path]) -> None:
+    sizes = []
+    for question in ("What is it?", "What is it? " * 8):
+        DiskCache().clear()
+        with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512) as model:
+            ask(model, pictures[:1], question)
+        sizes.append(DiskCache().usage()["prefixes"])
+    assert sizes[0].entries == 1
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.usefixtures("home")
 def test_a_raw_pair_is_known_by_its_content_from_the_second_time_on(
     tiny_llm: Path, tiny_mmproj: Path, pictures: list[Path], tmp_path: Path
 ) -> None:

@@ -12,7 +12,8 @@ import openai
 import pytest
 from PIL import Image
 
-from llava_edge.errors import InputError
+from llava_edge.errors import ImageError, InputError, LlavaEdgeError, ModelError
+from llava_edge.server.errors import as_api_error
 from llava_edge.server.guard import Access, is_loopback, origins, read_keys
 
 from .conftest import Server, data_uri, question
@@ -193,3 +194,11 @@ def test_origins_and_hosts() -> None:
     assert all(is_loopback(host) for host in ("localhost", "127.0.0.1", "127.9.9.9", "::1"))
     assert not any(is_loopback(host) for host in ("0.0.0.0", "::", "192.168.1.2", "example.org"))
     assert Access(loopback=False).allows_host("anything")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ImageError("not a picture"), 400), (InputError("no such option"), 400), (ModelError("a damaged tower"), 500)],
+)
+def test_a_failure_of_the_server_is_not_blamed_on_the_request(error: LlavaEdgeError, status: int) -> None:
+    assert as_api_error(error).status == status

@@ -167,7 +167,10 @@ def answer(
     units = model.tokenizer.units(segments)
     if model.remembered is not None:
         model.remembered.restore(lane.cache, units, encoded)
-    prefill = yield from lane.cache.prefill_steps(units, encoded)
+    steps = lane.cache.prefill_steps(units, encoded)
+    if model.remembered is not None and len(request.turns) == 1:
+        steps = model.remembered.keeping(lane.cache, units, encoded, steps)
+    prefill = yield from steps
     logits = model.engine.logits()
     clock["prefill_seconds"] = time.perf_counter() - started - clock["encode_seconds"]
     metrics.prompt(prefill.tokens, prefill.cached)
@@ -187,8 +190,8 @@ def answer(
             noted = recorder.take(len(generation.ids) <= before) if recorder else ()
             if text or noted:
                 job.emit(Piece(text, noted))
-            if before == 0 and len(request.turns) == 1 and model.remembered is not None:
-                model.remembered.keep_prefix(lane.cache, units, encoded)  # once the first word is out
+            if model.remembered is not None:
+                model.remembered.write_prefix()  # once the first word is out
             if loop.done:
                 break
             logits = yield generation.ids[-1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llava_edge.errors import ContextFullError, LlavaEdgeError
+from llava_edge.errors import ContextFullError, InputError, LlavaEdgeError, MissingExtraError
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -49,6 +49,6 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, ContextFullError):
         return ApiError(400, f"{error}.", param="messages", code="context_length_exceeded")
-    if isinstance(error, LlavaEdgeError):
+    if isinstance(error, (InputError, MissingExtraError)):  # what else fails is the server's own fault
         return ApiError(400, f"{error}.", hint=error.hint)
     return ApiError(500, "The server failed; its log says more.", code="internal_error")

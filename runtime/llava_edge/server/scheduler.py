@@ -223,6 +223,9 @@ class Scheduler:
             self._lanes.release(active.lane)
 
     def _drop_overdue(self) -> None:
+        """End what nobody waits for any more, before the next piece of work is done for the others."""
+        for active in [active for active in self._active if active.job.cancelled.is_set()]:
+            self._drop(active)
         now = time.perf_counter()
         overdue = ApiError(504, "The answer took longer than the server allows.", code="timeout")
         for active in [active for active in self._active if active.job.deadline < now]:
@@ -241,6 +244,7 @@ class Scheduler:
 
     def _warm_up(self) -> None:
         """Load the vision tower now, and learn how this model marks its pictures."""
+        self.model.open_vision()
         spec, _ = self.model.picture_settings
         side = spec.size if spec else 224
         image = Image.new("RGB", (side, side), (128, 128, 128))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llava_edge import native
+from llava_edge.engine import Engine, EngineError
 from llava_edge.errors import ModelError
 from llava_edge.gguf_check import check_gguf
 
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from llava_edge.engine import Engine
 
 LIBRARY_VARIABLE = "LLAVA_EDGE_LIBRARY"
 _FILE_NAME = "libllava_edge.dylib" if sys.platform == "darwin" else "libllava_edge.so"
@@ -79,6 +79,8 @@ class NativeEncoder:
     def _encode(self, image: Image.Image) -> NDArray[np.float32]:
         if not self._tower:
             raise ModelError(f"the vision tower {self.path} is closed")
+        if self._engine.stop_wanted:
+            raise EngineError("the picture's evaluation was stopped")
         if image.size != (self._size, self._size):
             raise ModelError(f"the vision tower {self.path} takes {self._size} pixels a side, not {image.size}")
         embeddings = np.empty(self._shape, np.float32)
