@@ -14,17 +14,17 @@
 
 static int in_time(const char *text, size_t length, void *user_data)
 {
-    const clock_t *started = user_data;
+    const time_t *started = user_data;
 
     fwrite(text, 1, length, stdout);
-    return (double)(clock() - *started) / CLOCKS_PER_SEC > SECONDS_A_FRAME;
+    return difftime(time(NULL), *started) > SECONDS_A_FRAME;
 }
 
 static llava_edge_status look(llava_edge_session *session, const char *frame, const char *question)
 {
     llava_edge_result result;
     llava_edge_status status;
-    clock_t started = clock();
+    time_t started = time(NULL);
 
     llava_edge_result_init(&result);
     status = llava_edge_session_truncate(session, 0);

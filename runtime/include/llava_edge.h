@@ -18,15 +18,16 @@
  * - Functions that can fail return a llava_edge_status. LLAVA_EDGE_OK is 0. What a function writes through its
  *   pointers is defined only when it returned LLAVA_EDGE_OK, but for handles, which are set to NULL on failure.
  * - Why a call failed stands, in one line for people, in llava_edge_last_error() (the calling thread's last failure)
- *   and in the ..._last_error() of the handle that the call worked on.
+ *   and in the ..._last_error() of the handle that the call worked on. The latter's text may be read only while no
+ *   other thread uses that handle; threads that share a handle use the former.
  * - Handles are made by ..._load or ..._create and belong to the caller, who frees them. Freeing NULL does nothing.
  * - Parameter structs begin with struct_size, which their init function sets. So a program that was compiled with an
  *   older header runs with a newer library, whose new fields then have their defaults.
  * - No C++ exception leaves a function, and bad files, pictures and arguments never end the process.
  * - Threads: functions on different models may run at the same time. Functions on one model and on its sessions may be
- *   called from any thread; they wait for each other, except that llava_edge_session_stop() never waits. A handle must
- *   not be freed while another thread uses it. A callback must not call functions of the model that called it, except
- *   llava_edge_session_stop(); they return LLAVA_EDGE_BUSY.
+ *   called from any thread; they wait for each other. llava_edge_session_stop() and the functions that return a number
+ *   or a text never wait. A handle must not be freed while another thread uses it. A token callback must call none of
+ *   the functions of its model and that model's sessions that wait: they return LLAVA_EDGE_BUSY.
  *
  * SPDX-License-Identifier: Apache-2.0
  */
@@ -106,13 +107,16 @@ typedef enum llava_edge_log_level {
     LLAVA_EDGE_LOG_ERROR = 4
 } llava_edge_log_level;
 
-/* One line without its line break. May come from any thread. `text` is valid during the call. */
+/*
+ * One line without its line break. May come from any thread. `text` is valid during the call. The callback must call no
+ * function of this library: it would wait for itself.
+ */
 typedef void (*llava_edge_log_callback)(llava_edge_log_level level, const char *text, void *user_data);
 
 /*
  * Say where the lines of this library and of llama.cpp go; NULL, as at the start, is nowhere. One setting for the
- * process. The first model that is loaded points llama.cpp's log here, so a program that also uses llama.cpp itself
- * should set llama.cpp's callback after that. Any thread, but not from within a log callback.
+ * process. The first model or tower that is loaded points llama.cpp's log here, so a program that also uses llama.cpp
+ * itself should set llama.cpp's callback after that. Any thread, but not from within a log callback.
  */
 LLAVA_EDGE_API void llava_edge_set_log(llava_edge_log_callback callback, void *user_data);
 
@@ -150,7 +154,10 @@ LLAVA_EDGE_API llava_edge_status llava_edge_model_load(const char *directory, co
 /* Free a model. All its sessions must have been freed before. NULL is ignored. */
 LLAVA_EDGE_API void llava_edge_model_free(llava_edge_model *model);
 
-/* Why the last failing call on this model failed; "" if none did. Valid until the next failing call on it. */
+/*
+ * Why the last failing call on this model failed; "" if none did. Valid until the next failing call on it, so only
+ * while no other thread uses it.
+ */
 LLAVA_EDGE_API const char *llava_edge_model_last_error(const llava_edge_model *model);
 
 /* The manifest's name of the model. Valid as long as the model; "" for NULL. */
@@ -224,20 +231,27 @@ LLAVA_EDGE_API void llava_edge_result_init(llava_edge_result *result);
  */
 typedef int (*llava_edge_token_callback)(const char *text, size_t length, void *user_data);
 
-/* Begin a conversation. Free it with llava_edge_session_free() before its model. */
+/*
+ * Begin a conversation. Free it with llava_edge_session_free() before its model.
+ * Fails with INVALID_ARGUMENT, BUSY, OUT_OF_MEMORY.
+ */
 LLAVA_EDGE_API llava_edge_status llava_edge_session_create(llava_edge_model *model, llava_edge_session **session);
 
 /* Free a session. The model stays loaded. NULL is ignored. */
 LLAVA_EDGE_API void llava_edge_session_free(llava_edge_session *session);
 
-/* Why the last failing call on this session failed; "" if none did. Valid until the next failing call on it. */
+/*
+ * Why the last failing call on this session failed; "" if none did. Valid until the next failing call on it, so only
+ * while no other thread uses it.
+ */
 LLAVA_EDGE_API const char *llava_edge_session_last_error(const llava_edge_session *session);
 
 /*
  * Add a picture to the next question; its pictures stand before its text, in the order of the calls. The picture is
  * read now and the vision tower runs in llava_edge_session_generate(), once for each picture that the model's sessions
- * have not seen before. Limits: 40 megapixels, an aspect of 50:1, files of 256 MiB. EXIF's orientation is applied;
- * transparency shows the manifest's pad colour.
+ * have not seen before. Limits: 40 megapixels (200 for a JPEG of one scan, which is decoded at a smaller size then;
+ * progressive ones have several), an aspect of 50:1, files of 256 MiB. EXIF's orientation is applied; transparency
+ * shows the manifest's pad colour.
  *
  * file, bytes: JPEG and PNG as far as the library was built with them (llava_edge_image_formats()), and binary PPM.
  * rgb: 8 bits a channel, R G B, `stride` bytes from one row to the next (0: 3 * width). The pixels are copied.
@@ -256,8 +270,9 @@ LLAVA_EDGE_API const char *llava_edge_image_formats(void);
 /*
  * Add text. Names of special tokens in it are taken by the letter, so no text can forge a turn or a picture. Should be
  * in Unicode's normal form C, as keyboards write it.
+ * LLAVA_EDGE_ASSISTANT runs the vision tower for the question's pictures that were not seen before.
  * Fails with INVALID_ARGUMENT (not UTF-8; a system text after the first turn, or in a format that has no place for
- * one; an answer without a question), BUSY, OUT_OF_MEMORY.
+ * one; an answer without a question), BUSY, OUT_OF_MEMORY; an answer also with ENGINE, MODEL_INVALID.
  */
 LLAVA_EDGE_API llava_edge_status llava_edge_session_add_text(llava_edge_session *session, llava_edge_role role,
                                                              const char *text);
@@ -277,7 +292,11 @@ LLAVA_EDGE_API llava_edge_status llava_edge_session_generate(llava_edge_session 
                                                              llava_edge_token_callback callback, void *user_data,
                                                              llava_edge_result *result);
 
-/* End the answer that is being made, from any thread or callback; does nothing if there is none. Never waits. */
+/*
+ * End the answer that is being made, and those of this session that still wait for their turn: they fail with STOPPED.
+ * Does nothing if there is none, so an answer that is asked for later is not ended. Any thread, also from a token
+ * callback. Never waits.
+ */
 LLAVA_EDGE_API void llava_edge_session_stop(llava_edge_session *session);
 
 /* Turns so far: questions with their answers. -1 for NULL. */

@@ -14,15 +14,29 @@
 
 using namespace llava_edge;
 
+namespace {
+
+// Why the last call on a handle failed. It is noted after the call's turn has ended, so it has a lock of its own.
+struct Failure {
+    mutable std::mutex mutex;
+    std::string        text;
+
+    const char * read() const {
+        const std::lock_guard<std::mutex> lock(mutex);
+        return text.c_str();
+    }
+};
+
+}  // namespace
+
 struct llava_edge_model {
-    Model       model;
-    std::string error;
+    Model   model;
+    Failure failure;
 };
 
 struct llava_edge_session {
-    llava_edge_model * owner;
-    Session            session;
-    std::string        error;
+    Session session;
+    Failure failure;
 };
 
 struct llava_edge_tower {
@@ -33,34 +47,35 @@ namespace {
 
 thread_local std::string last_error;
 
-void note(const char * text, std::string * handle_error) noexcept {
+void note(const char * text, Failure * of_handle) noexcept {
     try {
         last_error = text;
-        if (handle_error != nullptr) {
-            *handle_error = text;
+        if (of_handle != nullptr) {
+            const std::lock_guard<std::mutex> lock(of_handle->mutex);
+            of_handle->text = text;
         }
     } catch (...) {  // no memory for the message; the status says it
     }
 }
 
-template <typename F> llava_edge_status guarded(std::string * handle_error, F && call) noexcept {
+template <typename F> llava_edge_status guarded(Failure * of_handle, F && call) noexcept {
     try {
         call();
         return LLAVA_EDGE_OK;
     } catch (const Error & error) {
-        note(error.what(), handle_error);
+        note(error.what(), of_handle);
         return error.status;
     } catch (const std::bad_alloc &) {
-        note("there is not enough memory", handle_error);
+        note("there is not enough memory", of_handle);
         return LLAVA_EDGE_OUT_OF_MEMORY;
     } catch (const std::length_error &) {
-        note("there is not enough memory", handle_error);
+        note("there is not enough memory", of_handle);
         return LLAVA_EDGE_OUT_OF_MEMORY;
     } catch (const std::exception & error) {
-        note(error.what(), handle_error);
+        note(error.what(), of_handle);
         return LLAVA_EDGE_INTERNAL;
     } catch (...) {
-        note("an unknown failure", handle_error);
+        note("an unknown failure", of_handle);
         return LLAVA_EDGE_INTERNAL;
     }
 }
@@ -93,7 +108,7 @@ class Turnstile {
 };
 
 template <typename F> llava_edge_status on_session(llava_edge_session * s, F && call) noexcept {
-    return guarded(s != nullptr ? &s->error : nullptr, [&] {
+    return guarded(s != nullptr ? &s->failure : nullptr, [&] {
         require(s != nullptr, "session is NULL");
         const Turnstile turn(s->session.model);
         call(s->session);
@@ -161,14 +176,14 @@ void hand_over(const Answer & answer, llava_edge_result * to) {
     std::memcpy(to, &r, size);
 }
 
-// While this lives, the session's flag stops the model's evaluations.
+// While this lives, a stop of the session's call ends the model's evaluations.
 struct Answering {
-    Session & session;
-    explicit Answering(Session & s) : session(s) {
-        session.stopping           = false;
-        session.model.stop.session = &session.stopping;
+    StopFlag & flag;
+    Answering(Session & session, uint64_t call) : flag(session.model.stop) {
+        flag.call    = call;
+        flag.stopped = &session.stopped;
     }
-    ~Answering() { session.model.stop.session = nullptr; }
+    ~Answering() { flag.stopped = nullptr; }
 };
 
 }  // namespace
@@ -254,7 +269,7 @@ llava_edge_status llava_edge_model_load(const char * directory, const llava_edge
         in_range("image_tokens", p.image_tokens, 0, INT32_MAX);
         take_llama_log();
         llama_backend_init();
-        *model = new llava_edge_model{ { directory, p }, "" };
+        *model = new llava_edge_model{ { directory, p }, {} };
     });
 }
 
@@ -263,7 +278,7 @@ void llava_edge_model_free(llava_edge_model * model) {
 }
 
 const char * llava_edge_model_last_error(const llava_edge_model * model) {
-    return model != nullptr ? model->error.c_str() : "";
+    return model != nullptr ? model->failure.read() : "";
 }
 
 const char * llava_edge_model_name(const llava_edge_model * model) {
@@ -308,10 +323,11 @@ llava_edge_status llava_edge_session_create(llava_edge_model * model, llava_edge
     if (session != nullptr) {
         *session = nullptr;
     }
-    return guarded(model != nullptr ? &model->error : nullptr, [&] {
+    return guarded(model != nullptr ? &model->failure : nullptr, [&] {
         require(model != nullptr, "model is NULL");
         require(session != nullptr, "session is NULL");
-        *session = new llava_edge_session{ model, Session(model->model), "" };
+        const Turnstile turn(model->model);
+        *session = new llava_edge_session{ Session(model->model), {} };
     });
 }
 
@@ -320,7 +336,7 @@ void llava_edge_session_free(llava_edge_session * session) {
 }
 
 const char * llava_edge_session_last_error(const llava_edge_session * session) {
-    return session != nullptr ? session->error.c_str() : "";
+    return session != nullptr ? session->failure.read() : "";
 }
 
 static void add_bytes(Session & session, const std::string & bytes) {
@@ -380,12 +396,13 @@ llava_edge_status llava_edge_session_add_text(llava_edge_session * session, llav
 
 llava_edge_status llava_edge_session_generate(llava_edge_session * session, const llava_edge_generate_params * params,
                                               llava_edge_token_callback callback, void * user_data, llava_edge_result * result) {
+    const uint64_t call = session != nullptr ? ++session->session.calls : 0;
     return on_session(session, [&](Session & s) {
         const GenerateParams p = checked(taken(params, llava_edge_generate_params_init, "params"));
         if (result != nullptr) {
             in_range<size_t>("result.struct_size", result->struct_size, sizeof(size_t), 4096);
         }
-        const Answering answering(s);
+        const Answering answering(s, call);
         const Answer &  answer = s.generate(p, [&](const std::string & text) {
             return callback == nullptr || callback(text.c_str(), text.size(), user_data) == 0;
         });
@@ -397,16 +414,16 @@ llava_edge_status llava_edge_session_generate(llava_edge_session * session, cons
 
 void llava_edge_session_stop(llava_edge_session * session) {
     if (session != nullptr) {
-        session->session.stopping = true;
+        session->session.stop();
     }
 }
 
 int32_t llava_edge_session_turns(const llava_edge_session * session) {
-    return session != nullptr ? static_cast<int32_t>(session->session.turns.size()) : -1;
+    return session != nullptr ? session->session.turn_count.load() : -1;
 }
 
 int32_t llava_edge_session_tokens(const llava_edge_session * session) {
-    return session != nullptr ? session->session.tokens : -1;
+    return session != nullptr ? session->session.tokens.load() : -1;
 }
 
 llava_edge_status llava_edge_session_truncate(llava_edge_session * session, int32_t n_turns) {
@@ -452,6 +469,8 @@ llava_edge_status llava_edge_tower_load(const char * path, const llava_edge_towe
         require(tower != nullptr, "tower is NULL");
         const auto p = taken(params, llava_edge_tower_params_init, "params");
         in_range("n_threads", p.n_threads, 0, 1024);
+        take_llama_log();
+        llama_backend_init();
         *tower = new llava_edge_tower{ { path, p.n_threads != 0 ? p.n_threads : default_threads(), p.use_gpu != 0 } };
     });
 }

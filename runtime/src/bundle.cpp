@@ -80,6 +80,9 @@ PromptFormat read_prompt(Fields f) {
     if (!p.system.empty() && (first == std::string::npos || p.system.find("{system}", first + 1) != std::string::npos)) {
         f.wrong("system", "is " + shown(p.system) + "; expected exactly one {system} in it, or an empty text");
     }
+    if (p.system.empty() && !p.default_system.value_or("").empty()) {
+        f.wrong("default_system", "is " + shown(*p.default_system) + ", and system has no place for it");
+    }
     if (std::any_of(p.stop.begin(), p.stop.end(), [](const std::string & s) { return s.empty(); })) {
         f.wrong("stop", "holds an empty text");
     }

@@ -41,6 +41,7 @@ struct Decoder {
     Failure                failure;
     int                    orientation;
     bool                   begun;
+    bool                   several_scans;
 };
 
 void find_orientation(Decoder & d) {
@@ -63,6 +64,7 @@ bool read_header(Decoder & d, const std::string & bytes) {
     jpeg_mem_src(&d.info, reinterpret_cast<const unsigned char *>(bytes.data()), static_cast<unsigned long>(bytes.size()));
     jpeg_read_header(&d.info, TRUE);
     find_orientation(d);
+    d.several_scans = jpeg_has_multiple_scans(&d.info) != 0;
     return true;
 }
 
@@ -139,7 +141,8 @@ Image decode_jpeg(const std::string & bytes) {
         fail(LLAVA_EDGE_IMAGE_INVALID, "the picture is damaged: %s", d.failure.text);
     }
     const int64_t width = d.info.image_width, height = d.info.image_height;
-    check_image_size(width, height, d.info.progressive_mode != 0 ? MAX_PIXELS : MAX_JPEG_PIXELS);
+    // With several scans libjpeg holds all coefficients in memory, at whatever scale it decodes.
+    check_image_size(width, height, d.several_scans ? MAX_PIXELS : MAX_JPEG_PIXELS);
     if (d.info.num_components != 1 && d.info.num_components != 3 && d.info.num_components != 4) {
         fail(LLAVA_EDGE_IMAGE_UNSUPPORTED, "the JPEG picture has %d channels", d.info.num_components);
     }

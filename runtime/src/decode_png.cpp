@@ -39,12 +39,19 @@ void on_read(png_structp png, png_bytep to, size_t size) {
     d->next += size;
 }
 
+// Chunks that nothing here reads. They are packed, or may come a thousand times: libpng would hold gigabytes of them.
+constexpr png_byte SKIPPED[] = "tEXt\0zTXt\0iTXt\0sPLT\0iCCP";
+constexpr int      N_SKIPPED = sizeof SKIPPED / 5;
+// Palettes and EXIF data need less.
+constexpr png_alloc_size_t MAX_CHUNK_BYTES = 1 << 20;
+
 bool read_info(Decoder & d) {
     if (setjmp(png_jmpbuf(d.png)) != 0) {
         return false;
     }
     png_set_user_limits(d.png, 0x7fffffff, 0x7fffffff);
-    png_set_chunk_malloc_max(d.png, 64 << 20);
+    png_set_chunk_malloc_max(d.png, MAX_CHUNK_BYTES);
+    png_set_keep_unknown_chunks(d.png, PNG_HANDLE_CHUNK_NEVER, SKIPPED, N_SKIPPED);
     png_set_read_fn(d.png, &d, on_read);
     png_read_info(d.png, d.info);
     return true;

@@ -16,7 +16,7 @@ struct Image {
 };
 
 constexpr int64_t MAX_PIXELS      = 40000000;
-constexpr int64_t MAX_JPEG_PIXELS = 200000000;  // decoded at a half, a quarter or an eighth of its size
+constexpr int64_t MAX_JPEG_PIXELS = 200000000;  // of one scan: decoded at a half, a quarter or an eighth of its size
 constexpr double  TARGET_PIXELS   = 4000000;
 constexpr int64_t MAX_ASPECT      = 50;
 constexpr uint64_t MAX_FILE_BYTES = 256ull << 20;

@@ -2,6 +2,9 @@
 
 #include <cmath>
 #include <cstdlib>
+#include <limits>
+#include <locale>
+#include <sstream>
 
 #include "error.h"
 
@@ -128,6 +131,16 @@ class Parser {
         return at_ - start;
     }
 
+    // strtod would expect the decimal comma of the program's locale.
+    static double to_double(const std::string & raw) {
+        std::istringstream in(raw);
+        in.imbue(std::locale::classic());
+        double value = 0;
+        in >> value;
+        const bool too_large = in.fail() && std::fabs(value) > 1;
+        return too_large ? std::copysign(std::numeric_limits<double>::infinity(), value) : value;
+    }
+
     void number(Json & value) {
         const size_t start = at_;
         take('-');
@@ -148,7 +161,7 @@ class Parser {
             digits();
         }
         const std::string raw(text_.substr(start, at_ - start));
-        value.number = std::strtod(raw.c_str(), nullptr);
+        value.number = to_double(raw);
         value.kind   = Json::Kind::Number;
         if (whole && std::fabs(value.number) < 9e18) {
             value.kind    = Json::Kind::Integer;

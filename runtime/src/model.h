@@ -93,12 +93,18 @@ class Session {
     void           reset();
     void           save(const std::string & path);
     void           load(const std::string & path);
+    // End all calls of generate that have a number by now. Any thread.
+    void           stop();
 
     Model &           model;
-    std::atomic<bool> stopping{ false };
     std::vector<Turn> turns;
-    Answer            answer;      // the last one
-    int               tokens = 0;  // of the cache, after the last evaluation
+    Answer            answer;  // the last one
+
+    // Written by the call whose turn it is, and read by any thread.
+    std::atomic<int>      turn_count{ 0 };
+    std::atomic<int>      tokens{ 0 };   // of the cache, after the last evaluation
+    std::atomic<uint64_t> calls{ 0 };    // of generate: each takes its number before it waits, so that no stop is lost
+    std::atomic<uint64_t> stopped{ 0 };  // calls up to this number are to end
 
   private:
     std::vector<Unit> units(const Turn * next);

@@ -118,7 +118,6 @@ void Session::loop(const GenerateParams & params, const std::function<bool(const
                 if (error.status != LLAVA_EDGE_STOPPED) {
                     throw;
                 }
-                answer.text += stream.flush();
                 break;
             }
         }
@@ -153,7 +152,7 @@ void Session::loop(const GenerateParams & params, const std::function<bool(const
         answer.text += text;
         (first ? answer.ttft_seconds : answer.decode_seconds) += since(started);
         first = false;
-        if (!show(text) || stopping.load()) {
+        if (!show(text) || model.stop.wanted()) {
             break;  // an answer that has ended already keeps its reason
         }
     }
@@ -195,9 +194,17 @@ void Session::truncate(size_t n_turns) {
         fail(LLAVA_EDGE_INVALID_ARGUMENT, "n_turns is %zu; the session has %zu", n_turns, turns.size());
     }
     turns.resize(n_turns);
+    turn_count = static_cast<int>(n_turns);
     pending_.clear();
     question_.clear();
     asked_ = false;
+}
+
+void Session::stop() {
+    const uint64_t latest = calls.load();
+    uint64_t       known  = stopped.load();
+    while (known < latest && !stopped.compare_exchange_weak(known, latest)) {
+    }
 }
 
 void Session::reset() {

@@ -199,10 +199,11 @@ void Session::load(const std::string & path) {
         model.remember(key, embeddings);
     }
     reset();
-    system_ = loaded.system_;
-    turns   = std::move(loaded.turns);
-    answer  = {};
-    tokens  = model.cache.tokens();
+    system_    = loaded.system_;
+    turns      = std::move(loaded.turns);
+    turn_count = static_cast<int>(turns.size());
+    answer     = {};
+    tokens     = held > 0 ? model.cache.tokens() : 0;
 }
 
 }  // namespace llava_edge

@@ -2,15 +2,17 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 
 namespace llava_edge {
 
 struct StopFlag {
-    std::atomic<const std::atomic<bool> *> session{ nullptr };  // the flag of the session that is answering
+    std::atomic<const std::atomic<uint64_t> *> stopped{ nullptr };  // the answering session's last stopped call
+    std::atomic<uint64_t>                      call{ 0 };           // the number of the call that answers
 
     bool wanted() const {
-        const std::atomic<bool> * flag = session.load();
-        return flag != nullptr && flag->load();
+        const std::atomic<uint64_t> * last = stopped.load();
+        return last != nullptr && last->load() >= call.load();
     }
 };
 

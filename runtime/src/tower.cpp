@@ -16,8 +16,8 @@ namespace llava_edge {
 
 namespace {
 
-// Nodes of one block, generously.
-constexpr size_t NODES_A_BLOCK = 48;
+// Room for one block: at most 34 nodes and 16 weights. ggml's scheduler counts both, and aborts where they don't fit.
+constexpr size_t NODES_A_BLOCK = 64;
 
 template <typename F> F proc(ggml_backend_reg_t reg, const char * name) {
     return reinterpret_cast<F>(ggml_backend_reg_get_proc_address(reg, name));

@@ -11,6 +11,8 @@ namespace {
 
 constexpr int MAX_PATCHES = 4096;
 constexpr int MAX_LAYERS  = 16;
+// Scores of one block's attention, which are in memory at once: 16 heads on the most patches and a class token.
+constexpr int64_t MAX_SCORES = (1 << 28) + (1 << 20);
 // F32, F16, Q4_0 to Q8_0, the K types, IQ4_NL, IQ4_XS, BF16
 const std::set<uint32_t> MATRIX_TYPES = { 0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30 };
 
@@ -151,6 +153,12 @@ TowerShape check_tower(const GgufHeader & h) {
     s.patches_a_side = s.image_size / s.patch_size;
     if (s.patches() < 1 || s.patches() > MAX_PATCHES) {
         h.wrong(VISION + "image_size", format("is %d with patches of %d; at most %d patches are allowed", s.image_size, s.patch_size, MAX_PATCHES));
+    }
+    const int64_t tokens = s.patches() + 1;
+    if (s.heads * tokens * tokens > MAX_SCORES) {
+        h.wrong(VISION + "attention.head_count",
+                format("is %d with %d patches; attention among them would take more than %lld numbers", s.heads,
+                       s.patches(), (long long) MAX_SCORES));
     }
     read_numbers(h, "image_mean", -10, s.mean);
     read_numbers(h, "image_std", 1e-6, s.std);

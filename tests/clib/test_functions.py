@@ -5,16 +5,25 @@ from __future__ import annotations
 import ctypes
 import io
 import json
+import locale
 import random
 import shutil
+import struct
+import subprocess
+import sys
+import threading
+import time
+import zlib
 
+import gguf
 import numpy as np
 import pytest
 from clib import ROOT
 from PIL import Image
+from towers import Shape, Type, write
 
 OK, INVALID_ARGUMENT, BUSY, NOT_FOUND, IO, MODEL_INVALID, UNSUPPORTED = 0, 10, 11, 20, 21, 30, 31
-IMAGE_INVALID, IMAGE_LIMIT, IMAGE_UNSUPPORTED, CONTEXT_FULL, STATE_INVALID = 40, 41, 42, 50, 60
+IMAGE_INVALID, IMAGE_LIMIT, IMAGE_UNSUPPORTED, CONTEXT_FULL, STOPPED, STATE_INVALID = 40, 41, 42, 50, 51, 60
 KNOWN = {OK, INVALID_ARGUMENT, NOT_FOUND, IO, MODEL_INVALID, UNSUPPORTED, 32, IMAGE_INVALID, IMAGE_LIMIT,
          IMAGE_UNSUPPORTED, CONTEXT_FULL, STATE_INVALID, 70, 80}  # fmt: skip
 
@@ -154,12 +163,49 @@ def test_a_wrong_manifest_is_refused_by_its_key(library, bundle, nano, path, val
     assert words in said(library)
 
 
+def test_a_default_system_text_needs_a_place(library, bundle, nano):
+    manifest = manifest_of(nano)
+    manifest["prompt"].update(system="", default_system="Be short.")
+    (bundle / "llava-edge.json").write_text(json.dumps(manifest))
+    assert load(library, bundle) == MODEL_INVALID
+    assert "prompt.default_system" in said(library)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"schema": 1, "schema": 1}', '{"schema": NaN}', "\x00", '"\ud800"', "[" * 500]
 )
 def test_what_is_no_manifest_is_refused(library, tmp_path, text):
     (tmp_path / "llava-edge.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     assert load(library, tmp_path) == MODEL_INVALID
+
+
+@pytest.fixture
+def decimal_comma(tmp_path, monkeypatch):
+    """A locale that writes 0,5: one of the machine's, or one that is made here."""
+    before = locale.setlocale(locale.LC_NUMERIC)
+    if localedef := shutil.which("localedef"):
+        made = tmp_path / "locales"
+        made.mkdir()
+        german = made / "de_DE.UTF-8"
+        subprocess.run([localedef, "-i", "de_DE", "-f", "UTF-8", german], check=False, capture_output=True)
+        if german.exists():
+            monkeypatch.setenv("LOCPATH", str(made))
+    for name in ("de_DE.UTF-8", "fr_FR.UTF-8"):
+        try:
+            locale.setlocale(locale.LC_NUMERIC, name)
+            break
+        except locale.Error:
+            continue
+    else:
+        pytest.skip("no locale here has a decimal comma")
+    yield
+    locale.setlocale(locale.LC_NUMERIC, before)
+
+
+def test_a_manifest_has_points_whatever_the_locale_has(library, bundle, nano, decimal_comma):
+    # The files are missing, so that nothing is loaded.
+    (bundle / "llava-edge.json").write_bytes((nano / "llava-edge.json").read_bytes().replace(b".gguf", b".none"))
+    assert load(library, bundle) == NOT_FOUND, said(library)
 
 
 def test_no_bundle_is_not_found(library, tmp_path):
@@ -170,6 +216,25 @@ def test_no_bundle_is_not_found(library, tmp_path):
 def test_swapped_files_are_refused(library, nano):
     assert load_tower(library, nano / "llm-Q4_K_M.gguf") == MODEL_INVALID
     assert "general.architecture" in said(library)
+
+
+def test_attention_that_takes_too_much_memory_is_refused(library, tmp_path):
+    large = Shape(width=64, hidden=32, heads=64, blocks=1, image=256, patch=4, layers=(1,))
+    assert load_tower(library, write(tmp_path / "large.gguf", large, Type.F16)) == MODEL_INVALID
+    assert "head_count is 64 with 4096 patches" in said(library)
+
+
+def test_the_largest_graph_a_file_can_ask_for_fits(library, tmp_path, monkeypatch):
+    # Keys of another type keep the three matrices apart, and every layer's features are joined to the others.
+    add = gguf.GGUFWriter.add_tensor
+
+    def mixed(writer, name, values, raw_dtype=None):
+        keys = name.endswith("attn_k.weight")
+        add(writer, name, values.astype(np.float16) if keys else values, raw_dtype=Type.F16 if keys else raw_dtype)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", mixed)
+    deep = Shape(width=32, hidden=32, heads=1, blocks=167, image=28, layers=tuple(range(168)))
+    assert load_tower(library, write(tmp_path / "deep.gguf", deep, Type.F32)) == OK, said(library)
 
 
 def test_mutated_mmproj_files_give_statuses_only(library, nano, tmp_path):
@@ -245,6 +310,42 @@ def test_pictures_that_are_none_are_refused(library, session, tmp_path):
         assert status in (IMAGE_INVALID, INVALID_ARGUMENT)
 
 
+def jpeg_head(scan_channels: int) -> bytes:
+    """A JPEG of 48 megapixels that ends where its first scan begins."""
+    data = encoded(Image.new("RGB", (16, 16)), "JPEG")
+    frame, scan = data.index(b"\xff\xc0"), data.index(b"\xff\xda")
+    size = struct.pack(">HH", 6000, 8000)
+    channels = b"".join(bytes([number + 1, 0x11 if number else 0]) for number in range(scan_channels))
+    header = struct.pack(">HB", 6 + 2 * scan_channels, scan_channels) + channels + bytes([0, 63, 0])
+    return data[: frame + 5] + size + data[frame + 9 : scan + 2] + header
+
+
+def test_a_large_jpeg_is_read_if_it_has_one_scan(library, session):
+    assert add_bytes(library, session, jpeg_head(1)) == IMAGE_LIMIT
+    assert add_bytes(library, session, jpeg_head(3)) == IMAGE_INVALID
+    assert "end" in said(library)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads kilobytes of ru_maxrss")
+def test_texts_in_a_png_take_no_memory(library, session):
+    import resource
+
+    png = encoded(Image.new("RGB", (40, 30)), "PNG")
+    packed = zlib.compress(b"." * (16 << 20))
+    texts = b"".join(
+        chunk(b"zTXt", b"k%d\0\0" % number + packed) + chunk(b"iTXt", b"k%d\0\1\0\0\0" % number + packed)
+        for number in range(25)
+    )
+    long = chunk(b"tEXt", b"long\0" + b"." * (20 << 20))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert add_bytes(library, session, png[:33] + texts + long + png[33:]) == OK, said(library)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 200 << 10
+
+
 def test_a_question_that_fails_leaves_the_session_as_it_was(library, session):
     assert library.llava_edge_session_generate(session, None, None, None, None) == INVALID_ARGUMENT
     assert library.llava_edge_session_add_text(session, 1, b"\xff") == INVALID_ARGUMENT
@@ -271,6 +372,35 @@ def test_a_callback_can_stop_and_must_not_call_in(library, session):
     assert library.llava_edge_session_generate(session, None, stop_at_third, None, None) == OK
     assert statuses == [BUSY] * 3
     assert library.llava_edge_session_turns(session) == 1
+
+
+def test_a_stop_reaches_an_answer_that_waits_for_its_turn(library, model, session):
+    other, statuses = ctypes.c_void_p(), []
+    assert library.llava_edge_session_create(model, ctypes.byref(other)) == OK
+    assert library.llava_edge_session_add_text(other, 1, b"What is a cat?") == OK
+
+    def answer() -> None:
+        statuses.append(library.llava_edge_session_generate(other, None, None, None, None))
+
+    waiting = threading.Thread(target=answer)
+
+    @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_void_p)
+    def stop_the_other(_text, _length, _data):
+        statuses.append(library.llava_edge_session_create(model, ctypes.byref(ctypes.c_void_p())))
+        statuses.append(library.llava_edge_session_turns(session))
+        waiting.start()
+        for _ in range(10):
+            time.sleep(0.1)
+            library.llava_edge_session_stop(other)
+        return 1
+
+    assert library.llava_edge_session_add_text(session, 1, b"Count to ten.") == OK
+    assert library.llava_edge_session_generate(session, None, stop_the_other, None, None) == OK
+    waiting.join()
+    assert statuses == [BUSY, 0, STOPPED]
+    # The next answer is none that was stopped.
+    assert library.llava_edge_session_generate(other, None, None, None, None) == OK
+    library.llava_edge_session_free(other)
 
 
 def test_a_saved_session_that_is_damaged_is_refused(library, session, tmp_path):
