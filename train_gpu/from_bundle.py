@@ -2,8 +2,8 @@
 
 Bundles hold quantised GGUF files, which nothing can train. Here their values become a LLaVA checkpoint again, for a
 further stage on somebody's own pictures, or as the full-precision reference of a bundle whose checkpoint is gone. What
-quantisation took away stays away. The values lie on the grid of the bundle's type: what a short training changes is lost
-if the result is quantised to the same type again, so take Q8_0 for it.
+quantisation took away stays away. The values lie on the grid of the bundle's type: what a short training changes is
+lost if the result is quantised to the same type again, so take Q8_0 for it.
 """
 
 from __future__ import annotations
