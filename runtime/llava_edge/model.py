@@ -29,6 +29,7 @@ from llava_edge.remembered import Remembered
 from llava_edge.trial import require_trial
 from llava_edge.vision import EncodedImage
 from llava_edge.vision.tokens import METHODS, pooled_counts, pooled_grid, reduce
+from llava_edge.written import is_written
 
 if TYPE_CHECKING:
     import numpy as np
@@ -189,6 +190,11 @@ class Picture:
     tiles: tuple[Image.Image, ...] = field(default=(), repr=False)
     layout: Layout | None = None
 
+    @functools.cached_property
+    def is_written(self) -> bool:
+        """Whether it looks like a page of text."""
+        return is_written(self.image)
+
 
 def arrange(name: str, image: Image.Image, spec: ImageSpec | None) -> Picture:
     """A picture that :func:`images.read` gave, with its tiles where the tower looks at tiles."""
@@ -212,6 +218,7 @@ class Model:
     ) -> None:
         self.name = parts.name
         self.image_tokens = parts.image_tokens
+        self.page_tokens: int | None = None  # of pictures of text, where they get others
         if reduction not in METHODS:
             raise InputError(f"image_reduction is {reduction!r}; expected one of {', '.join(METHODS)}")
         self.image_reduction = reduction
@@ -331,7 +338,7 @@ class Model:
         key = self.encoded_key(picture, image_tokens)
         encoded = self._encoded.get(key)
         if encoded is None:
-            encoded = self._find_or_encode(picture, key, image_tokens or self.image_tokens)
+            encoded = self._find_or_encode(picture, key, self._count(picture, image_tokens))
             self._encoded[key] = encoded
             while len(self._encoded) > 1 and (
                 len(self._encoded) > ENCODED_PICTURES or sum(e.nbytes for e in self._encoded.values()) > ENCODED_BYTES
@@ -347,11 +354,15 @@ class Model:
         return self._encode(picture, picture.key, self.image_tokens)
 
     def choose_image_tokens(self, seconds: float) -> None:
-        """Take the most tokens a picture that the model has learnt and this machine reads in time."""
+        """Take the most tokens a picture that the model has learnt and this machine reads in time.
+
+        A picture that looks like a page of text keeps as many as the model has learnt, whatever that takes.
+        """
         tokens = self.visual_tokens
         if tokens is None:
             raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
         self.image_tokens = choose(pace_of(self), tokens.trained, seconds)
+        self.page_tokens = max(tokens.trained)
         self.forget()
 
     def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
@@ -360,8 +371,14 @@ class Model:
 
     def encoded_key(self, picture: Picture, image_tokens: int | None = None) -> str:
         """The key of what :meth:`encode` gives."""
-        default = image_tokens in (None, self.image_tokens)
-        return picture.key if default else f"{picture.key}-{image_tokens}"
+        count = self._count(picture, image_tokens)
+        return picture.key if count == self.image_tokens else f"{picture.key}-{count}"
+
+    def _count(self, picture: Picture, asked: int | None) -> int | None:
+        """How many tokens a picture gets: as many as are asked for, or the model's; None for a raw pair."""
+        if asked is None and self.page_tokens is not None and picture.is_written:
+            return self.page_tokens
+        return asked or self.image_tokens
 
     def stop_ahead(self) -> None:
         """Stop what a chat reads ahead."""
