@@ -181,9 +181,9 @@ def _items(samples: list[Sample], branches: int) -> list[Item]:
     if branches == 1:
         return [(sample,) for sample in samples]
     groups: dict[object, list[Sample]] = {}
-    for sample in samples:
+    for number, sample in enumerate(samples):
         shared = len(sample.pictures) == 1 and IMAGE in sample.turns[0][0]
-        groups.setdefault(sample.pictures if shared else sample.id, []).append(sample)
+        groups.setdefault(sample.pictures if shared else number, []).append(sample)
     return [tuple(group) for group in groups.values()]
 
 

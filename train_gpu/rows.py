@@ -1,8 +1,8 @@
 """Samples to rows of tokens: documents, packing, and the tensors of a batch.
 
-A document is one sample, or several of one picture that share a reading of it: the prefix up to the picture's last
-token is there once, and each sample is a branch that sees the prefix and itself. A branch's loss is that of the same
-sample alone. Packing lays documents one after the other in a row; none sees another.
+A document is one sample, or several of one picture that share a reading of it: what they all begin with, at least up
+to the picture's last token, is there once, and each sample is a branch that sees that prefix and itself. A branch's
+loss is that of the same sample alone. Packing lays documents one after the other in a row; none sees another.
 
 Shapes: B rows, S positions of the padded row, N pictures, I tokens of a picture.
 """
@@ -49,17 +49,23 @@ def make_document(
     if len(spread) == 1:
         ids, labels = spread[0].ids, spread[0].labels
         return Document(ids, labels, list(range(len(ids))), [0] * len(ids), pictures, name)
-    head = spread[0].ids.index(image_token) + image_tokens
-    first = spread[0].ids[:head]
-    ids, labels, positions, branches = list(first), [IGNORE] * head, list(range(head)), [0] * head
+    head = _shared(spread)
+    if head < spread[0].ids.index(image_token) + image_tokens:
+        raise InputError(f"sample {name}: the samples of this picture begin differently and can't share it")
+    ids, labels, positions, branches = spread[0].ids[:head], [IGNORE] * head, list(range(head)), [0] * head
     for number, tokens in enumerate(spread, start=1):
-        if tokens.ids[:head] != first:
-            raise InputError(f"sample {name}: the samples of this picture begin differently and can't share it")
         ids += tokens.ids[head:]
         labels += tokens.labels[head:]
         positions += range(head, len(tokens.ids))
         branches += [number] * (len(tokens.ids) - head)
     return Document(ids, labels, positions, branches, pictures, name)
+
+
+def _shared(samples: Sequence[Tokens]) -> int:
+    """How many tokens all begin with, less what each needs of its own: the token that predicts its first label."""
+    own = min(next(i for i, label in enumerate(tokens.labels) if label != IGNORE) - 1 for tokens in samples)
+    columns = zip(*(tokens.ids[:own] for tokens in samples), strict=True)
+    return next((place for place, column in enumerate(columns) if len(set(column)) > 1), own)
 
 
 def _spread(tokens: Tokens, image_token: int, count: int) -> Tokens:

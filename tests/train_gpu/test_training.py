@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from llava_edge.train_gpu.features import FeatureCache, encode_pixels
 from llava_edge.train_gpu.loop import Run, train
 from llava_edge.train_gpu.model import Trainee, merge_into, pool_tokens
 from llava_edge.train_gpu.optim import learning_rate_factor
+from llava_edge.train_gpu.prompts import IGNORE, Tokens
 from llava_edge.train_gpu.recipe_file import load_recipe
 from llava_edge.train_gpu.rows import Batch, collate, make_document
 
@@ -150,6 +152,26 @@ def test_branches_cost_what_the_samples_cost_alone(exact: Run) -> None:
         alone = [batch_of(exact, [[[number]]], 4) for number in (6, 7)]
         assert together.n_labels == sum(batch.n_labels for batch in alone)
         torch.testing.assert_close(trainee(together), sum(trainee(b) for b in alone), rtol=1e-5, atol=1e-4)
+
+
+def test_answers_to_one_question_share_the_question_too(exact: Run) -> None:
+    renderer, trainee = exact.mixture.renderer, exact.engine.trainee
+    sample = next(sample for sample in exact.mixture.samples if len(sample.pictures) == 1)
+    said = ["A dog runs.", "A dog sleeps on a mat.", "Two cats."]
+    texts = [renderer.render(replace(sample, turns=((sample.turns[0][0], answer),))) for answer in said]
+
+    def loss(*tokens: Tokens) -> torch.Tensor:
+        document = make_document(tokens, sample.pictures, "x", renderer.image_token, 4)
+        return trainee(collate([[document]], features_of(exact, sample.pictures[0].name), True, 4))  # type: ignore[no-any-return]
+
+    with torch.no_grad():
+        torch.testing.assert_close(loss(*texts), sum(loss(tokens) for tokens in texts), rtol=1e-5, atol=1e-4)
+    document = make_document(texts, sample.pictures, "x", renderer.image_token, 4)
+    first_label = [next(i for i, label in enumerate(tokens.labels) if label != IGNORE) for tokens in texts]
+    # What each has of its own: its answer, and the token that predicts the answer's first.
+    own = sum(len(tokens.ids) - first + 1 for tokens, first in zip(texts, first_label, strict=True))
+    assert len(document) == first_label[0] - 1 + 3 + own  # one picture of 4 tokens stands for its mark
+    assert sum(label != IGNORE for label in document.labels) == own - 3
 
 
 def test_neither_padding_nor_packing_changes_the_loss(exact: Run) -> None:

@@ -99,17 +99,17 @@ def _flickr(captions_file: Path) -> Iterator[tuple[str, list[str]]]:
 def _flickr_captions(captions_file: Path, rng: Random) -> list[Sample]:
     samples = []
     for name, sentences in _flickr(captions_file):
-        turns = [(rng.choice(symbols.BRIEF), sentence) for sentence in sentences]
-        samples += [_sample(name, number, [turn]) for number, turn in enumerate(turns)]
+        question = rng.choice(symbols.BRIEF)  # one for all, so that they share it with the picture in a document
+        samples += [_sample(name, number, [(question, sentence)]) for number, sentence in enumerate(sentences)]
     return samples
 
 
 def _flickr_short(captions_file: Path, rng: Random) -> list[Sample]:
-    """The two captions that agree best with the others, as answers to who asks for a short one."""
+    """The three captions that agree best with the others, as answers to who asks for a short one."""
     samples = []
     for name, sentences in _flickr(captions_file):
-        agreed = symbols.by_consensus(sentences)[:2]
-        samples += [_sample(name, n, [(rng.choice(symbols.SHORT), sentence)]) for n, sentence in enumerate(agreed)]
+        question, agreed = rng.choice(symbols.SHORT), symbols.by_consensus(sentences)[:3]
+        samples += [_sample(name, number, [(question, sentence)]) for number, sentence in enumerate(agreed)]
     return samples
 
 
