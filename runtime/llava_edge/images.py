@@ -66,6 +66,10 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _TIFF_TILE = (322, 323)
+# Frames that may come in one scan, a scan's header, and markers without a length.
+_JPEG_SEQUENTIAL = {0xC0, 0xC1, 0xC9}
+_JPEG_SCAN = 0xDA
+_JPEG_BARE = {0x00, 0x01, *range(0xD0, 0xDA)}
 # Deep pictures are made flat so many pixels at a time.
 _STRIP_PIXELS = 1_000_000
 
@@ -85,7 +89,7 @@ def open_image(source: ImageSource, *, pad_color: tuple[int, int, int] = (255, 2
     ------
     ImageError
         No such file, not a picture of a supported format, damaged, or outside the limits: 40 megapixels (200 for
-        JPEG that is not progressive, 24 for WebP and HEIC) and an aspect of 50:1. Only the first frame of
+        JPEG that comes in one scan, 24 for WebP and HEIC) and an aspect of 50:1. Only the first frame of
         an animation is read.
     """
     if isinstance(source, Image.Image):
@@ -221,10 +225,11 @@ def _decode(file: BinaryIO, name: str, pad_color: tuple[int, int, int]) -> Image
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     module, reader = _reader(file.read(_MAGIC_BYTES), name)
-    file.seek(0)
     _check_bytes(name, size, MAX_COSTLY_BYTES if reader in _COSTLY else MAX_FILE_BYTES)
+    several_scans = reader == "JpegImageFile" and _has_several_scans(file)
+    file.seek(0)
     with _as_image_errors(name), getattr(importlib.import_module(module), reader)(file) as image:
-        _check_limits(image, name)
+        _check_limits(image, name, several_scans)
         if image.format == "JPEG" and image.width * image.height > MAX_PIXELS:
             scale = (_TARGET_PIXELS / (image.width * image.height)) ** 0.5
             image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
@@ -242,9 +247,30 @@ def _check_bytes(name: str, size: int, limit: int) -> None:
         raise ImageError(f"{name} has more than {limit:,} bytes", hint="Make it smaller first.")
 
 
-def _check_limits(image: Image.Image, name: str) -> None:
-    # A progressive JPEG keeps all its coefficients in memory, at whatever scale it is decoded.
-    reducible = image.format == "JPEG" and not image.info.get("progressive")
+def _has_several_scans(file: BinaryIO) -> bool:
+    """Whether a JPEG's pixels come in several passes: it is progressive, or its components come one by one.
+
+    True also of what isn't written as usual, so that nobody gets around the limit.
+    """
+    file.seek(2)
+    components = 0
+    while True:
+        head = file.read(4)
+        if len(head) < 4 or head[0] != 0xFF or head[1] in _JPEG_BARE:
+            return True
+        if head[1] == 0xFF:  # fill
+            file.seek(-3, os.SEEK_CUR)
+            continue
+        part = file.read(max(0, int.from_bytes(head[2:], "big") - 2))
+        if head[1] in _JPEG_SEQUENTIAL:
+            components = part[5] if len(part) > 5 else 0
+        elif head[1] == _JPEG_SCAN:
+            return not components or part[:1] != bytes([components])
+
+
+def _check_limits(image: Image.Image, name: str, several_scans: bool) -> None:
+    # A JPEG of several scans keeps all its coefficients in memory, at whatever scale it is decoded.
+    reducible = image.format == "JPEG" and not several_scans
     costly = image.format in ("WEBP", "HEIF")
     limit = MAX_JPEG_PIXELS if reducible else MAX_COSTLY_PIXELS if costly else MAX_PIXELS
     _check_size(name, image.width, image.height, limit)

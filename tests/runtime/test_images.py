@@ -210,6 +210,36 @@ def test_a_large_jpeg_is_decoded_smaller() -> None:
         open_image(progressive)
 
 
+def segments(jpeg: bytes) -> tuple[dict[int, bytes], bytes]:
+    """Segments of a grey JPEG of one scan by marker, and the scan's data."""
+    found, at = {}, 2
+    while True:
+        marker, length = jpeg[at + 1], int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        found[marker] = jpeg[at : at + 2 + length] + (found.get(marker, b"") if marker == 0xC4 else b"")
+        at += 2 + length
+        if marker == 0xDA:
+            return found, jpeg[at:-2]
+
+
+def one_by_one(width: int, height: int, before_frame: bytes = b"") -> bytes:
+    """A JPEG, not progressive, whose three components (all the same) come in a scan each."""
+    found, data = segments(encoded(Image.new("L", (16, 16), 100), "JPEG"))
+    frame = struct.pack(">HHBHHB", 0xFFC0, 17, 8, height, width, 3) + bytes(
+        value for number in (1, 2, 3) for value in (number, 0x11, 0)
+    )
+    scans = b"".join(b"\xff\xda" + bytes((0, 8, 1, number, 0, 0, 63, 0)) + data for number in (1, 2, 3))
+    return b"\xff\xd8" + before_frame + found[0xDB] + frame + found[0xC4] + scans + b"\xff\xd9"
+
+
+def test_a_jpeg_of_several_scans_has_a_tighter_limit() -> None:
+    """Its coefficients are kept whole, at whatever scale it is decoded."""
+    assert open_image(one_by_one(16, 16)).size == (16, 16)
+    with pytest.raises(ImageError, match="49,000,000 pixels"):
+        open_image(one_by_one(7_000, 7_000))
+    fill_and_comment = b"\xff\xff\xff\xfe" + struct.pack(">H", 6) + b"text"
+    assert open_image(one_by_one(16, 16, fill_and_comment)).size == (16, 16)
+
+
 def test_refusing_a_bomb_takes_no_memory(tmp_path: Path) -> None:
     """A PNG that would unpack to 2.7 GB, and a lossless WebP of 16383 x 16383 pixels."""
     code = (

@@ -15,6 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from llava_edge.errors import ImageError
@@ -25,11 +26,13 @@ MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK = 64 * 1024
+_FETCHERS = ThreadPoolExecutor(max_workers=8, thread_name_prefix="fetch")
 
 
 async def fetch(url: str) -> bytes:
     """The bytes behind an address; ImageError says why there are none."""
-    return await asyncio.to_thread(fetch_now, url, is_public)
+    # Threads of their own: a slow server must not keep those busy that everything else needs.
+    return await asyncio.get_running_loop().run_in_executor(_FETCHERS, fetch_now, url, is_public)
 
 
 def fetch_now(url: str, allowed: Callable[[str], bool]) -> bytes:
