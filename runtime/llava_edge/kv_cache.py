@@ -81,16 +81,15 @@ class KvCache:
 
     def read_ahead(self, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:
         """Evaluate units with which a prompt is going to begin. There are no logits afterwards."""
-        have = [entry.unit for entry in self._entries]
-        kept = self._keep(next((n for n, unit in enumerate(units) if n >= len(have) or have[n] != unit), len(units)))
-        for unit in units[kept:]:
-            for _ in self._evaluate(unit, images, last=False):
-                pass
+        finish(self.prefill_steps(units, images, ahead=True))
 
     def prefill_steps(
-        self, units: Sequence[Unit], images: Mapping[str, EncodedImage]
+        self, units: Sequence[Unit], images: Mapping[str, EncodedImage], *, ahead: bool = False
     ) -> Generator[None, None, Prefill]:
-        """The same as :meth:`prefill`, with a pause before every unit and batch. Closing it leaves whole units."""
+        """:meth:`prefill`, or :meth:`read_ahead`, with a pause before every unit and batch.
+
+        Closing it leaves whole units.
+        """
         sizes = [len(u.ids) if isinstance(u, TokenRun) else images[u.key].n_tokens for u in units]
         needed = sum(sizes)
         if needed >= self._engine.n_ctx:
@@ -98,10 +97,12 @@ class KvCache:
                 f"the prompt has {needed} tokens and the context {self._engine.n_ctx}; an answer needs room too",
                 hint="Load the model with a larger n_ctx (--n-ctx), shorten the question, or reset the conversation.",
             )
-        kept = self._keep(self.common(units))
+        have = [entry.unit for entry in self._entries]
+        there = next((n for n, unit in enumerate(units) if n >= len(have) or have[n] != unit), len(units))
+        kept = self._keep(there if ahead else self.common(units))
         for index, unit in enumerate(units[kept:], kept):
             yield
-            yield from self._evaluate(unit, images, last=index == len(units) - 1)
+            yield from self._evaluate(unit, images, last=not ahead and index == len(units) - 1)
         image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
         return Prefill(needed, sum(sizes[:kept]), image)
 

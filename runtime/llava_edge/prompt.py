@@ -66,6 +66,11 @@ Segment: TypeAlias = Scaffold | UserText | ImageRef | Answer
 Unit: TypeAlias = TokenRun | ImageRef
 
 
+def up_to_pictures(units: Sequence[Unit]) -> Sequence[Unit]:
+    """The units up to the last picture, which don't depend on what is asked about it."""
+    return units[: max((number for number, unit in enumerate(units, 1) if isinstance(unit, ImageRef)), default=0)]
+
+
 class Vocabulary(Protocol):
     """What a prompt needs to know of the language model; :class:`llava_edge.engine.Engine` has it."""
 

@@ -93,16 +93,33 @@ class RemoteModel:
                 raise ServerError(f"the answer of {self._shown()} broke off: {type(error).__name__}") from None
         raise ServerError(f"{self._shown()} ended the answer before its end")
 
-    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> _Response:
-        url = self._url
-        kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
-        connection = kind(url.hostname or "", url.port, timeout=TIMEOUT_SECONDS)
+    def begin(self, body: dict[str, Any]) -> http.client.HTTPConnection | None:
+        """Send a chat completion whose reply nobody reads; None if it can't be sent. Closing it ends the work."""
+        connection = self._connection()
+        try:
+            self._send(connection, "POST", "chat/completions", {"model": self.name, **body})
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            return None
+        return connection
+
+    def _connection(self) -> http.client.HTTPConnection:
+        kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
+        return kind(self._url.hostname or "", self._url.port, timeout=TIMEOUT_SECONDS)
+
+    def _send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: dict[str, Any] | None
+    ) -> None:
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
+        data = None if body is None else json.dumps(body).encode()
+        connection.request(method, f"{self._url.path}/{path}", data, headers)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> _Response:
+        connection = self._connection()
         try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(method, f"{url.path}/{path}", data, headers)
+            self._send(connection, method, path, body)
             response = connection.getresponse()
             if response.status != 200:
                 raise self._refusal(response)
@@ -153,6 +170,7 @@ class RemoteChat:
         self._messages: list[dict[str, Any]] = []
         self._turns: list[_ANSWER_TURN] = []
         self._pending: list[tuple[str, str]] = []
+        self._ahead: http.client.HTTPConnection | None = None
 
     def __enter__(self) -> RemoteChat:
         return self
@@ -166,14 +184,31 @@ class RemoteChat:
 
     def reset(self) -> None:
         """Forget all turns and pictures."""
+        self._drop_ahead()
         self._messages, self._turns, self._pending = [], [], []
 
     def add_image(self, path: str | Path) -> None:
         """Read a picture now; it goes with the next question. ImageError says what is wrong with it."""
+        self._drop_ahead()
         self._pending.append(_picture(Path(path)))
 
     def read_ahead(self) -> None:
-        """Nothing: the server gets pictures together with the question."""
+        """Have the server read the pictures that were added, while the question is not known yet."""
+        self._drop_ahead()
+        if self._pending:
+            body = self._body([{"role": "user", "content": _parts(self._pending)}], 0)
+            self._ahead = self._model.begin(body)
+
+    def _drop_ahead(self) -> None:
+        """Hang up, which ends the server's work."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _body(self, messages: list[dict[str, Any]], max_tokens: int) -> dict[str, Any]:
+        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        body = {"messages": [*system, *self._messages, *messages], "max_tokens": max_tokens}
+        return body if self._model.image_tokens is None else {**body, "image_tokens": self._model.image_tokens}
 
     @property
     def turns(self) -> list[_ANSWER_TURN]:
@@ -187,17 +222,12 @@ class RemoteChat:
         started = time.perf_counter()
         params = SamplingParams(**sampling)
         pictures = [*self._pending, *(_picture(Path(path)) for path in images)]
-        parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": url}} for _, url in pictures]
-        question = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-        system = [] if self._system is None else [{"role": "system", "content": self._system}]
+        question = {"role": "user", "content": [*_parts(pictures), {"type": "text", "text": text}]}
         body = {
-            "messages": [*system, *self._messages, question],
-            "max_tokens": max_tokens,
+            **self._body([question], max_tokens),
             "stream_options": {"include_usage": True},
             **{field.name: getattr(params, field.name) for field in fields(params)},
         }
-        if self._model.image_tokens is not None:
-            body["image_tokens"] = self._model.image_tokens
         progress = _Progress()
         try:
             for message in self._model.events(body):
@@ -216,6 +246,7 @@ class RemoteChat:
         self._messages += [question, {"role": "assistant", "content": answer}]
         self._turns += [("user", text, pictures), ("assistant", answer, [])]
         self._pending = []
+        self._drop_ahead()
 
     def _reply(self, progress: _Progress, started: float) -> Reply:
         usage, timings = progress.usage or {}, progress.timings or {}
@@ -257,6 +288,11 @@ def _checked(message: dict[str, Any]) -> dict[str, Any]:
     if "error" in message:
         raise ServerError(str(message["error"].get("message", "the server failed")))
     return message
+
+
+def _parts(pictures: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Pictures as they stand in a message."""
+    return [{"type": "image_url", "image_url": {"url": url}} for _, url in pictures]
 
 
 def _picture(path: Path) -> tuple[str, str]:

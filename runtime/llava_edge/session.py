@@ -16,7 +16,7 @@ from llava_edge.ahead import Ahead
 from llava_edge.errors import InputError
 from llava_edge.generate import Generation, generate
 from llava_edge.kv_cache import finish
-from llava_edge.prompt import Answer, ImageRef, Segment
+from llava_edge.prompt import Answer, ImageRef, Segment, up_to_pictures
 from llava_edge.sampling import Sampler
 from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage
 
@@ -119,9 +119,7 @@ class ChatSession:
         known = self._known(turn)
         if model.remembered is not None:
             model.remembered.restore(model.cache, units, known)
-        last = max(number for number, unit in enumerate(units) if isinstance(unit, ImageRef))
-        if sum(image.n_tokens for image in known.values()) < model.engine.n_ctx:
-            model.cache.read_ahead(units[: last + 1], known)
+        model.cache.read_ahead(up_to_pictures(units), known)
 
     @property
     def turns(self) -> list[tuple[str, str, list[str]]]:

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,23 @@ class Server:
     def stop(self, sign: int = signal.SIGTERM) -> int:
         self.process.send_signal(sign)
         return self.process.wait(60)
+
+
+def get(server: Server, path: str) -> str:
+    with urllib.request.urlopen(server.url + path, timeout=20) as response:
+        return str(response.read().decode())
+
+
+def metric(server: Server, name: str) -> float:
+    text = get(server, "/metrics")
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

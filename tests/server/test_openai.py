@@ -108,6 +108,29 @@ def test_stop_texts_and_max_tokens_end_an_answer(client: openai.OpenAI, photos: 
     assert cut.usage.completion_tokens == 2
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_pictures_are_read_ahead_of_their_question(
+    client: openai.OpenAI, nano: llava_edge.Model, photos: list[Path], stream: bool
+) -> None:
+    ahead: dict[str, Any] = {"model": "nano", "messages": [question("", photos[1])], "max_tokens": 0}
+    system = f"You are brief ({stream})."  # a conversation that no other test has
+    ahead["messages"].insert(0, {"role": "system", "content": system})
+    if stream:
+        *_, last = client.chat.completions.create(**ahead, stream=True, stream_options={"include_usage": True})
+        usage = last.usage
+    else:
+        reply = client.chat.completions.create(**ahead)
+        assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("", "length")
+        usage = reply.usage
+    assert usage.completion_tokens == 0
+    asked = {**ahead, "messages": [ahead["messages"][0], question(DESCRIBE, photos[1])], "max_tokens": 16}
+    answered = client.chat.completions.create(**asked)
+    # The picture and what stands before it were there already.
+    assert answered.usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens
+    with nano.chat(system) as chat:
+        assert answered.choices[0].message.content == chat.ask(DESCRIBE, [photos[1]], max_tokens=16).text
+
+
 def test_logprobs_are_those_of_the_chosen_tokens(client: openai.OpenAI, photos: list[Path]) -> None:
     options: dict[str, Any] = {"model": "nano", "messages": [question(ASK, photos[0])], "max_tokens": 8}
     reply = client.chat.completions.create(**options, logprobs=True, top_logprobs=3).choices[0]
@@ -213,7 +236,8 @@ def test_an_unusable_schema_is_refused(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": 7}]}, "a number; expected a text"),
         ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "has to be"),
         ({"temperature": -1}, "'temperature' has to be a number from 0"),
-        ({"max_tokens": 0}, "'max_tokens' has to be a whole number from 1"),
+        ({"max_tokens": -1}, "'max_tokens' has to be a whole number from 0"),
+        ({"max_tokens": 0}, "'max_tokens' is 0, which reads pictures ahead; there are none"),
         ({"top_p": 2}, "'top_p'"),
         ({"stop": ["", "x"]}, "'stop'"),
         ({"n": 2}, "'n' is not supported"),

@@ -14,7 +14,7 @@ import pytest
 
 from llava_edge.server.page import page as document
 
-from .conftest import EXAMPLES, Server
+from .conftest import EXAMPLES, Server, metric
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CAT = EXAMPLES / "cat.jpg"
@@ -103,6 +103,18 @@ def test_a_picture_is_dropped_asked_about_and_asked_again(open_page: Callable[..
     page.locator(DONE).first.wait_for()
     assert page.locator(".assistant").count() == 1  # what came after is a matter of the new answer
     assert page.locator(".assistant .text").inner_text() == expected
+
+
+def test_a_picture_is_read_while_the_question_is_typed(open_page: Callable[..., Any], nano_server: Server) -> None:
+    page = open_page()
+    before = metric(nano_server, "llava_edge_prompt_tokens_total")
+    with page.expect_response(lambda response: response.url.endswith("/chat/completions")) as read:
+        drop(page, EXAMPLES / "coffee.jpg")
+    assert read.value.status == 200
+    assert metric(nano_server, "llava_edge_prompt_tokens_total") > before + 64
+    cached = metric(nano_server, "llava_edge_prompt_cached_tokens_total")
+    assert ask(page, "What is on the table?")
+    assert metric(nano_server, "llava_edge_prompt_cached_tokens_total") > cached + 64
 
 
 def test_a_question_is_edited_with_its_picture(open_page: Callable[..., Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import llava_edge
 from llava_edge.errors import ImageError, InputError
 from llava_edge.remote import RemoteModel, ServerError
 
-from .conftest import EXAMPLES, Server
+from .conftest import EXAMPLES, Server, metric, wait_for
 
 CAT = EXAMPLES / "cat.jpg"
 ASK = "What animal is in this picture?"
@@ -53,6 +54,22 @@ def test_a_conversation_goes_on(nano_server: Server, nano: llava_edge.Model, tmp
     turns = json.loads(saved.read_text())["turns"]
     assert [turn["text"] for turn in turns if turn["role"] == "assistant"] == expected
     assert turns[0]["images"] == ["cat.jpg"]
+
+
+def test_pictures_are_read_ahead(serve: Callable[..., Server]) -> None:
+    server = serve()
+    with RemoteModel(server.url) as model, model.chat() as talk:
+        talk.add_image(CAT)
+        talk.read_ahead()
+        wait_for(lambda: metric(server, "llava_edge_prompt_tokens_total") >= 64)
+        *_, last = talk.stream(ASK, max_tokens=4)
+        assert last.reply is not None
+        assert last.reply.usage.cached_tokens >= 64
+        talk.add_image(CAT)
+        talk.read_ahead()
+        talk.reset()  # hangs up
+        wait_for(lambda: metric(server, "llava_edge_running") == 0)
+        assert talk.turns == []
 
 
 def test_a_stopped_answer_stays_as_far_as_it_came(tiny_server: Server) -> None:

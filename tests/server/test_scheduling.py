@@ -8,7 +8,6 @@ import random
 import signal
 import socket
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 
 import llava_edge
 
-from .conftest import Server, answer, question
+from .conftest import Server, answer, get, metric, question, wait_for
 
 # An answer that can't end soon, whatever the random weights say.
 _NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 512}
@@ -27,23 +26,6 @@ LONG: dict[str, Any] = {
     "max_tokens": 1900,
     "response_format": {"type": "json_schema", "json_schema": {"name": "numbers", "schema": _NUMBERS}},
 }
-
-
-def get(server: Server, path: str) -> str:
-    with urllib.request.urlopen(server.url + path, timeout=20) as response:
-        return str(response.read().decode())
-
-
-def metric(server: Server, name: str) -> float:
-    text = get(server, "/metrics")
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if line.startswith(name))
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def post(server: Server, body: Any, headers: dict[str, str] | None = None) -> http.client.HTTPConnection:

@@ -14,7 +14,7 @@ import numpy as np
 
 from llava_edge.generate import Generation
 from llava_edge.grammar import GrammarSampler
-from llava_edge.prompt import Answer, ImageRef, Segment, UserText
+from llava_edge.prompt import Answer, ImageRef, Segment, UserText, up_to_pictures
 from llava_edge.sampling import Sampler
 from llava_edge.types import FinishReason, Usage
 
@@ -154,7 +154,10 @@ def answer(
     memory: AnswerMemory,
     metrics: Metrics,
 ) -> Generator[int | None, NDArray[np.float32], None]:
-    """Compute an answer. Yields None after a piece of work, or a token whose logits it has to be sent."""
+    """Compute an answer. Yields None after a piece of work, or a token whose logits it has to be sent.
+
+    A request for no tokens is over when its pictures are read.
+    """
     request, clock = job.request, {"queue_seconds": time.perf_counter() - job.arrived}
     started = time.perf_counter()
     encoded = {}
@@ -167,13 +170,19 @@ def answer(
     units = model.tokenizer.units(segments)
     if model.remembered is not None:
         model.remembered.restore(lane.cache, units, encoded)
-    steps = lane.cache.prefill_steps(units, encoded)
+    ahead = not request.max_tokens
+    steps = lane.cache.prefill_steps(up_to_pictures(units) if ahead else units, encoded, ahead=ahead)
     if model.remembered is not None and len(request.turns) == 1:
         steps = model.remembered.keeping(lane.cache, units, encoded, steps)
     prefill = yield from steps
-    logits = model.engine.logits()
     clock["prefill_seconds"] = time.perf_counter() - started - clock["encode_seconds"]
     metrics.prompt(prefill.tokens, prefill.cached)
+    if ahead:
+        if model.remembered is not None:
+            model.remembered.write_prefix()
+        job.emit(Finished("length", Usage(prefill.tokens, prefill.cached, prefill.image, 0), {**clock}))
+        return
+    logits = model.engine.logits()
     generation = Generation()
     sampler: Chooser = Sampler(request.sampling)
     rules = None

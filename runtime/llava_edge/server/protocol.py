@@ -63,7 +63,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """A chat completion request. ``top_logprobs`` None is without them; ``schema`` is what the answer must match."""
+    """A chat completion request. ``top_logprobs`` None is without them; ``schema`` is what the answer must match.
+
+    ``max_tokens`` 0 asks for no answer: the conversation is read up to its last picture, for a question to come.
+    """
 
     system: str | None
     turns: tuple[Turn, ...]
@@ -103,13 +106,16 @@ def parse_chat(body: dict[str, Any]) -> ChatRequest:
         if body.get(name) not in values:
             raise _bad(name, "is not supported by this server", code="unsupported_parameter")
     system, turns = _conversation(body)
+    max_tokens = _max_tokens(body)
+    if not (max_tokens or any(turn.images for turn in turns)):
+        raise _bad("max_tokens", "is 0, which reads pictures ahead; there are none in the messages")
     stream = _boolean(body, "stream")
     return ChatRequest(
         system=system,
         turns=turns,
         model=_text(body, "model"),
         sampling=_sampling(body),
-        max_tokens=_max_tokens(body),
+        max_tokens=max_tokens,
         stop=_stops(body),
         stream=stream,
         include_usage=stream and _include_usage(body),
@@ -229,9 +235,9 @@ def _sampling(body: dict[str, Any]) -> SamplingParams:
 
 
 def _max_tokens(body: dict[str, Any]) -> int:
-    newer = _integer(body, "max_completion_tokens", 1, 1 << 31)
-    older = _integer(body, "max_tokens", 1, 1 << 31)
-    return newer or older or DEFAULT_MAX_TOKENS
+    newer = _integer(body, "max_completion_tokens", 0, 1 << 31)
+    older = _integer(body, "max_tokens", 0, 1 << 31)
+    return next((value for value in (newer, older) if value is not None), DEFAULT_MAX_TOKENS)
 
 
 def _stops(body: dict[str, Any]) -> tuple[str, ...]:

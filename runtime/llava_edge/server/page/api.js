@@ -12,13 +12,24 @@ async function request(path, options = {}) {
   throw error;
 }
 
-async function* streamAnswer(messages, signal) {
-  const { temperature, maxTokens, imageTokens } = settings.values;
-  const body = { messages, temperature, max_tokens: maxTokens, stream: true, stream_options: { include_usage: true } };
+function complete(body, signal) {
+  const { imageTokens } = settings.values;
   if (imageTokens) body.image_tokens = imageTokens;
-  const response = await request("v1/chat/completions", {
+  return request("v1/chat/completions", {
     method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body),
   });
+}
+
+// The server reads the pictures and answers nothing, while the question about them is typed.
+async function readPictures(messages, signal) {
+  await complete({ messages, max_tokens: 0 }, signal);
+}
+
+async function* streamAnswer(messages, signal) {
+  const { temperature, maxTokens } = settings.values;
+  const response = await complete({
+    messages, temperature, max_tokens: maxTokens, stream: true, stream_options: { include_usage: true },
+  }, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
   for (;;) {
@@ -42,10 +53,14 @@ function asMessages(conversation, count) {
   for (const message of conversation.messages.slice(0, count)) {
     if (message.role === "assistant") {
       if (message.text) messages.push({ role: "assistant", content: message.text });
-    } else messages.push({ role: "user", content: [
-      ...message.pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } })),
-      ...(message.text ? [{ type: "text", text: message.text }] : []),
-    ] });
+    } else messages.push(asQuestion(message));
   }
   return messages;
+}
+
+function asQuestion({ pictures, text }) {
+  return { role: "user", content: [
+    ...pictures.map((picture) => ({ type: "image_url", image_url: { url: picture.url } })),
+    ...(text ? [{ type: "text", text }] : []),
+  ] };
 }

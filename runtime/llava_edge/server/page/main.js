@@ -6,6 +6,7 @@ const KEEP_EVERY = 500; // milliseconds between copies of an answer that is bein
 let conversation;
 let attached = [];
 let answering = null; // the AbortController of the answer that is being written
+let ahead = null; // the AbortController of pictures that are read before there is a question
 let model = null;
 
 const narrow = matchMedia("(max-width: 760px)");
@@ -144,6 +145,7 @@ async function ask() {
   warn("");
   conversation.messages.push({ role: "user", text, pictures: attached });
   conversation.title ||= text.slice(0, 80) || attached[0].name;
+  ahead = null; // the server goes on reading, and the question finds what was read
   attached = [];
   $("question").value = "";
   showAttached();
@@ -189,6 +191,7 @@ async function answerQuestion() {
   }
   scroller.removeAttribute("aria-busy");
   refresh();
+  readAhead();
 }
 
 function read(chunk, mine, message, figures, started, node) {
@@ -257,6 +260,16 @@ function showAttached() {
     element("img", { src: picture.url, alt: picture.name }),
     element("button", { type: "button", "aria-label": `Remove ${picture.name}`, onclick: () => { attached.splice(index, 1); showAttached(); } }, cross()))));
   refresh();
+  readAhead();
+}
+
+function readAhead() {
+  ahead?.abort();
+  ahead = null;
+  if (!attached.length || answering) return;
+  const control = ahead = new AbortController();
+  const messages = [...asMessages(conversation, conversation.messages.length), asQuestion({ pictures: attached, text: "" })];
+  readPictures(messages, control.signal).catch(() => {}); // the question meets the same error, where it can be shown
 }
 
 function resize() {
