@@ -79,7 +79,9 @@ def ask(
     return cases
 
 
-def follow(engine: Engine, cases: Sequence[Case]) -> list[NDArray[np.float32]]:
+def follow(
+    engine: Engine, cases: Sequence[Case], tell: Callable[[int, int], None] | None = None
+) -> list[NDArray[np.float32]]:
     """The logits ``[T, V]`` of a model that is led along each case's answer."""
     reader = _Reader(engine)
     found = []
@@ -90,6 +92,8 @@ def follow(engine: Engine, cases: Sequence[Case]) -> list[NDArray[np.float32]]:
             engine.decode_tokens([token])
             rows.append(engine.logits())
         found.append(np.stack(rows))
+        if tell:
+            tell(len(found), len(cases))
     return found
 
 

@@ -7,7 +7,7 @@ because it is known to be wrong for some right files.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
     from llava_edge.convert.checkpoint import Checkpoint
     from llava_edge.convert.reference import Reference
+
+Tell: TypeAlias = "Callable[[int, int], None]"
+"""Takes how much is done, of how much."""
+Counter: TypeAlias = "Callable[[str], Tell]"
 
 # Above this size llama.cpp's repacked copy of the weights would not fit a laptop's memory beside the reference.
 _REPACK_BYTES = 2 * 1024**3
@@ -103,19 +107,23 @@ class Gate:
         repack = path.stat().st_size < _REPACK_BYTES
         return Engine(path, n_ctx=longest, n_gpu_layers=0, repack=repack)
 
-    def measure_llm(self, engine: Engine, type_name: str) -> list[str]:
-        """Measure a language model; the first one gives the answers along which all are measured."""
+    def measure_llm(self, engine: Engine, type_name: str, counter: Counter | None = None) -> list[str]:
+        """Measure a language model; the first one gives the answers along which all are measured.
+
+        ``counter`` makes what is told of the positions and layers that are done.
+        """
+        counter = counter or _silent
         name = engine.path.name
         failures: list[str] = []
         if not self._cases:
             tokens = measure_tokenizer(engine, self._tokenizer, self._checkpoint, QUESTIONS)
             self._record("tokenizer", None, parity.as_dict(tokens))
             failures += [f"{name}: {words}" for words in tokens.failures()]
-            self._cases = ask(engine, self._checkpoint.description.prompt, self._shown)
-            self._expected = self._answer_of_reference()
+            self._cases = ask(engine, self._checkpoint.description.prompt, self._shown, counter("positions"))
+            self._expected = self._answer_of_reference(counter("layers of the reference"))
             found = [case.logits for case in self._cases]
         else:
-            found = follow(engine, self._cases)
+            found = follow(engine, self._cases, counter("answers"))
         limits = parity.LLM_LIMITS[type_name]
         said = parity.compare_logits(found, self._expected, limits.tie)
         self._record("llm", type_name, parity.as_dict(said))
@@ -127,7 +135,7 @@ class Gate:
             wrong += diagnose.language_model(engine.path, rows, self._reference)
         return failures + wrong
 
-    def _answer_of_reference(self) -> list[NDArray[np.float32]]:
+    def _answer_of_reference(self, tell: Tell) -> list[NDArray[np.float32]]:
         """The reference's logits along the answers; cases that begin alike are read together."""
         runs = [run for case in self._cases for run in (case.before, [*case.after, *case.tokens[:-1]])]
         rows = iter(self._reference.embed(runs))
@@ -138,7 +146,7 @@ class Gate:
                 prompts[-1].branches.append(branch)
             else:
                 prompts.append(Prompt(start, [branch]))
-        return self._reference.logits(prompts, [len(case.tokens) for case in self._cases])
+        return self._reference.logits(prompts, [len(case.tokens) for case in self._cases], tell)
 
     def _as_read(self, image: Image.Image, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the language model reads of a picture: fewer tokens, or tiles of a wider picture put together."""
@@ -155,6 +163,10 @@ class Gate:
             self._report[kind] = figures
         else:
             self._report.setdefault(kind, {})[type_name] = figures
+
+
+def _silent(things: str) -> Tell:
+    return lambda done, total: None
 
 
 def misread(checkpoint: Checkpoint) -> str | None:

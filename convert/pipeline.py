@@ -14,6 +14,7 @@ from llava_edge import native
 from llava_edge.bundle import MANIFEST_NAME, Backend, BundleFile, Manifest, Probe, Role, probe_picture, sha256_file
 from llava_edge.convert import publish
 from llava_edge.convert.checkpoint import Checkpoint, Options, open_checkpoint
+from llava_edge.convert.memory import release
 from llava_edge.convert.quantize import LLM_TYPES, MMPROJ_TYPES, Quantized, check_type, describe, quantize
 from llava_edge.errors import InputError, ParityError
 from llava_edge.quant_types import VISION_TYPES
@@ -145,22 +146,23 @@ class _Work:
         checkpoint, weights = self._checkpoint, self._weights
         self._say(f"writing the language model as {self._float}")
         tokenizer = load_tokenizer(checkpoint.tokenizer_directory)
-        write_llm(checkpoint, weights, tokenizer, self._float_path("llm"), self._float, self._counter())
+        write_llm(checkpoint, weights, tokenizer, self._float_path("llm"), self._float, self._counter("tensors"))
+        release()
         self._say("writing the vision tower")
         write_mmproj(checkpoint, weights, self._float_path("mmproj"))
         weights.require_all_used()
         if "vision_onnx" in self._types:
             write_onnx(checkpoint, weights, self._float_path("vision_onnx"))
 
-    def _counter(self) -> Callable[[int, int], None]:
-        """A line now and then while a large file is written."""
+    def _counter(self, things: str) -> Callable[[int, int], None]:
+        """A line now and then, in what takes long."""
         last = time.monotonic()
 
         def tell(done: int, total: int) -> None:
             nonlocal last
             if time.monotonic() - last > _SLOW_STEP_SECONDS:
                 last = time.monotonic()
-                self._say(f"  {done} of {total} tensors")
+                self._say(f"  {done} of {total} {things}")
 
         return tell
 
@@ -178,14 +180,17 @@ class _Work:
         failures: list[str] = []
         if "mmproj" in paths:
             failures += gate.measure_mmproj(paths["mmproj"], chosen["mmproj"])
+            release()
         engine = gate.open_engine(paths.get("llm", self._float_path("llm")))
         try:
             if "mmproj" in paths:
                 failures += gate.measure_mtmd(paths["mmproj"], chosen["mmproj"], engine)
+                release()
             if "vision_onnx" in paths:
                 failures += gate.measure_onnx(paths["vision_onnx"], chosen["vision_onnx"], engine, self._deepen)
+                release()
             if "llm" in paths:
-                failures += gate.measure_llm(engine, chosen["llm"])
+                failures += gate.measure_llm(engine, chosen["llm"], self._counter)
         finally:
             engine.close()
         if failures:

@@ -8,6 +8,7 @@ Shapes: T tokens, P patches, D width of the language model, V size of the vocabu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -122,9 +123,15 @@ class Reference:
         return [table[list(run)] for run in tokens]
 
     @torch.inference_mode()
-    def logits(self, prompts: Sequence[Prompt], counts: Sequence[int]) -> list[NDArray[np.float32]]:
-        """Logits ``[count, V]`` after the last ``count`` rows of every branch of several prompts."""
-        states = self._run(prompts)
+    def logits(
+        self, prompts: Sequence[Prompt], counts: Sequence[int], tell: Callable[[int, int], None] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """Logits ``[count, V]`` after the last ``count`` rows of every branch of several prompts.
+
+        ``tell`` is told how many layers are done, of how many.
+        """
+        done, total = itertools.count(1), self._checkpoint.text_config.num_hidden_layers
+        states = self._run(prompts, None if tell is None else lambda _states: tell(next(done), total))
         head = "language_model.embed_tokens.weight" if self._checkpoint.tied else "lm_head.weight"
         matrix = torch.from_numpy(self._weights.take(head))
         ends = [(state[0], end) for state, prompt in zip(states, prompts, strict=True) for end in prompt.ends()]

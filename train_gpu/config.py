@@ -103,6 +103,8 @@ class DataConfig:
                 raise InputError(f"data.{name} is {getattr(self, name)}; expected at least 1")
         if self.branches > 1 and self.format == "plain":
             raise InputError("data.branches above 1 needs a format with questions; plain has none")
+        if self.branches > 1 and self.image_position == "random":
+            raise InputError("data.branches above 1 needs data.image_position first: samples share their beginning")
         weighted = [name for name, source in self.sources.items() if source.weight is not None]
         if weighted and len(weighted) != len(self.sources):
             raise InputError("data.sources: either every source has a weight or none has one")

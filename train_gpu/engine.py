@@ -24,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from llava_edge.errors import InputError
 from llava_edge.train_gpu import checkpoint
+from llava_edge.train_gpu.allocator import keep_freed_memory
 from llava_edge.train_gpu.precision import uses_bfloat16
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Engine:
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
         self.trainee = cast("Trainee", self.accelerator.unwrap_model(self.forward))
         self.trained = [p for p in self.trainee.parameters() if p.requires_grad]
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def rank(self) -> int:

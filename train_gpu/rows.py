@@ -100,20 +100,31 @@ def truncate(document: Document, length: int, image_token: int) -> Document:
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Divide documents over rows of at most ``capacity`` tokens: first fit, the longest first.
+    """Divide documents over rows of at most ``capacity`` tokens.
 
-    Rows come longest first, so that neighbours need little padding.
+    First fit, the longest first, says how many rows it takes. They are then filled evenly, each document going to the
+    shortest row, if none gets too long by that: all are padded to the longest. Rows come longest first, so that
+    neighbours need little padding.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     rows: list[list[int]] = []
-    room: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = next((row for row, left in enumerate(room) if lengths[index] <= left), None)
+    used: list[int] = []
+    for index in longest_first:
+        place = next((row for row, tokens in enumerate(used) if tokens + lengths[index] <= capacity), None)
         if place is None:
-            rows.append([index])
-            room.append(capacity - lengths[index])
-        else:
-            rows[place].append(index)
-            room[place] -= lengths[index]
+            place = len(rows)
+            rows.append([])
+            used.append(0)
+        rows[place].append(index)
+        used[place] += lengths[index]
+    even: list[list[int]] = [[] for _ in rows]
+    used = [0] * len(rows)
+    for index in longest_first:
+        place = min(range(len(used)), key=lambda row: used[row])
+        even[place].append(index)
+        used[place] += lengths[index]
+    if max(used, default=0) <= capacity:
+        rows = even
     return sorted(rows, key=lambda row: (-sum(lengths[i] for i in row), row))
 
 

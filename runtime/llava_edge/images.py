@@ -226,10 +226,9 @@ def _decode(file: BinaryIO, name: str, pad_color: tuple[int, int, int]) -> Image
     file.seek(0)
     module, reader = _reader(file.read(_MAGIC_BYTES), name)
     _check_bytes(name, size, MAX_COSTLY_BYTES if reader in _COSTLY else MAX_FILE_BYTES)
-    several_scans = reader == "JpegImageFile" and _has_several_scans(file)
     file.seek(0)
     with _as_image_errors(name), getattr(importlib.import_module(module), reader)(file) as image:
-        _check_limits(image, name, several_scans)
+        _check_limits(image, name, file)
         if image.format == "JPEG" and image.width * image.height > MAX_PIXELS:
             scale = (_TARGET_PIXELS / (image.width * image.height)) ** 0.5
             image.draft("RGB", (int(image.width * scale), int(image.height * scale)))
@@ -268,9 +267,9 @@ def _has_several_scans(file: BinaryIO) -> bool:
             return not components or part[:1] != bytes([components])
 
 
-def _check_limits(image: Image.Image, name: str, several_scans: bool) -> None:
+def _check_limits(image: Image.Image, name: str, file: BinaryIO) -> None:
     # A JPEG of several scans keeps all its coefficients in memory, at whatever scale it is decoded.
-    reducible = image.format == "JPEG" and not several_scans
+    reducible = image.format == "JPEG" and image.width * image.height > MAX_PIXELS and not _has_several_scans(file)
     costly = image.format in ("WEBP", "HEIF")
     limit = MAX_JPEG_PIXELS if reducible else MAX_COSTLY_PIXELS if costly else MAX_PIXELS
     _check_size(name, image.width, image.height, limit)

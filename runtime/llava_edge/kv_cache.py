@@ -99,11 +99,13 @@ class KvCache:
             )
         have = [entry.unit for entry in self._entries]
         there = next((n for n, unit in enumerate(units) if n >= len(have) or have[n] != unit), len(units))
+        image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
+        if ahead and there == len(units):  # and perhaps more, which is kept
+            return Prefill(needed, needed, image)
         kept = self._keep(there if ahead else self.common(units))
         for index, unit in enumerate(units[kept:], kept):
             yield
             yield from self._evaluate(unit, images, last=not ahead and index == len(units) - 1)
-        image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
         return Prefill(needed, sum(sizes[:kept]), image)
 
     def append(self, token: int) -> None:

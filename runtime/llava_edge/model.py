@@ -90,7 +90,8 @@ def load(
         Layers of the language model on the GPU, -1 is all; None is all where llama.cpp was built for a GPU.
     image_tokens
         Tokens of a picture (of each tile, where pictures are tiled), for bundles; None is the manifest's default.
-        ``"auto"`` is the most that the model has learnt and this machine reads within ``ttft_budget``.
+        ``"auto"`` is the most that the model has learnt and this machine reads within ``ttft_budget``; pictures that
+        look like a page of text keep as many as fit.
     ttft_budget
         Seconds until the first token of an answer about a picture, for ``"auto"``; None is 3.
     image_reduction
@@ -218,7 +219,7 @@ class Model:
     ) -> None:
         self.name = parts.name
         self.image_tokens = parts.image_tokens
-        self.page_tokens: int | None = None  # of pictures of text, where they get others
+        self.pages_whole = False  # whether pictures of text keep their tokens
         if reduction not in METHODS:
             raise InputError(f"image_reduction is {reduction!r}; expected one of {', '.join(METHODS)}")
         self.image_reduction = reduction
@@ -356,13 +357,13 @@ class Model:
     def choose_image_tokens(self, seconds: float) -> None:
         """Take the most tokens a picture that the model has learnt and this machine reads in time.
 
-        A picture that looks like a page of text keeps as many as the model has learnt, whatever that takes.
+        A picture that looks like a page of text keeps more, up to three quarters of the context, whatever that takes.
         """
         tokens = self.visual_tokens
         if tokens is None:
             raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
         self.image_tokens = choose(pace_of(self), tokens.trained, seconds)
-        self.page_tokens = max(tokens.trained)
+        self.pages_whole = True
         self.forget()
 
     def is_encoded(self, picture: Picture, image_tokens: int | None = None) -> bool:
@@ -376,9 +377,11 @@ class Model:
 
     def _count(self, picture: Picture, asked: int | None) -> int | None:
         """How many tokens a picture gets: as many as are asked for, or the model's; None for a raw pair."""
-        if asked is None and self.page_tokens is not None and picture.is_written:
-            return self.page_tokens
-        return asked or self.image_tokens
+        tokens = self.visual_tokens
+        if asked is not None or not self.pages_whole or tokens is None or not picture.is_written:
+            return asked or self.image_tokens
+        room = self.engine.n_ctx * 3 // 4 // (1 + len(picture.tiles))
+        return max((count for count in tokens.trained if count <= room), default=min(tokens.trained))
 
     def stop_ahead(self) -> None:
         """Stop what a chat reads ahead."""

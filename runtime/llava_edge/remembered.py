@@ -145,19 +145,22 @@ class Remembered:
         images: Mapping[str, EncodedImage],
         steps: Generator[None, None, Prefill],
     ) -> Generator[None, None, Prefill]:
-        """The steps of a prompt's evaluation, with a copy of the cache where the last picture ends.
+        """The steps of a prompt or its beginning, with a copy of the cache where the last picture ends.
 
         What follows, the question, is not in the copy. :meth:`write_prefix` writes it, for other processes.
         """
         end = max(_picture_ends(units), default=0)
         while True:
+            done = None
             try:
                 next(steps)
-            except StopIteration as done:
-                prefill: Prefill = done.value
-                return prefill
+            except StopIteration as stop:
+                done = stop
             if end and len(kv.entries) == end:
                 self._copy_prefix(kv, units[:end], images)
+            if done is not None:
+                prefill: Prefill = done.value
+                return prefill
             yield
 
     def _copy_prefix(self, kv: KvCache, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
+import logging
+import socket
+import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +20,8 @@ from urllib.parse import SplitResult, parse_qs, urlsplit
 from llava_edge import images
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.types import Chunk, FinishReason, Reply, SamplingParams, Timings, Usage
+
+log = logging.getLogger(__name__)
 
 TIMEOUT_SECONDS = 600.0
 _ANSWER_TURN = tuple[str, str, list[str]]
@@ -93,15 +99,10 @@ class RemoteModel:
                 raise ServerError(f"the answer of {self._shown()} broke off: {type(error).__name__}") from None
         raise ServerError(f"{self._shown()} ended the answer before its end")
 
-    def begin(self, body: dict[str, Any]) -> http.client.HTTPConnection | None:
-        """Send a chat completion whose reply nobody reads; None if it can't be sent. Closing it ends the work."""
-        connection = self._connection()
-        try:
-            self._send(connection, "POST", "chat/completions", {"model": self.name, **body})
-        except (OSError, http.client.HTTPException):
-            connection.close()
-            return None
-        return connection
+    def begin(self, body: dict[str, Any]) -> _Unread:
+        """Send a chat completion whose reply nobody reads. Closing it ends the server's work."""
+        connection, message = self._connection(), {"model": self.name, **body}
+        return _Unread(connection, lambda: self._send(connection, "POST", "chat/completions", message))
 
     def _connection(self) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
@@ -161,6 +162,33 @@ class _Response:
         self._connection.close()
 
 
+class _Unread:
+    """A request that is sent in a thread of its own, and stays open until it is closed."""
+
+    def __init__(self, connection: http.client.HTTPConnection, send: Callable[[], None]) -> None:
+        self._connection = connection
+        self._send = send
+        self._over = threading.Event()
+        threading.Thread(target=self._run, name="llava-edge-ahead", daemon=True).start()
+
+    def close(self) -> None:
+        """Hang up, in the middle of sending too."""
+        self._over.set()
+        sock = self._connection.sock
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _run(self) -> None:
+        try:
+            self._send()
+            self._over.wait()
+        except (OSError, http.client.HTTPException) as error:  # the question will meet it again, where it can be told
+            log.debug("reading ahead ended: %s", type(error).__name__)
+        finally:
+            self._connection.close()
+
+
 class RemoteChat:
     """A conversation with a :class:`RemoteModel`. The server keeps nothing of it; it is sent whole every time."""
 
@@ -170,7 +198,7 @@ class RemoteChat:
         self._messages: list[dict[str, Any]] = []
         self._turns: list[_ANSWER_TURN] = []
         self._pending: list[tuple[str, str]] = []
-        self._ahead: http.client.HTTPConnection | None = None
+        self._ahead: _Unread | None = None
 
     def __enter__(self) -> RemoteChat:
         return self
@@ -200,7 +228,7 @@ class RemoteChat:
             self._ahead = self._model.begin(body)
 
     def _drop_ahead(self) -> None:
-        """Hang up, which ends the server's work."""
+        """Hang up, which ends the server's work if it goes on."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
@@ -236,6 +264,7 @@ class RemoteChat:
                     progress.first_at = progress.first_at or time.perf_counter()
                     yield Chunk(piece)
         except (GeneratorExit, KeyboardInterrupt):
+            self._drop_ahead()
             if progress.text:
                 self._commit(question, text, [name for name, _ in pictures], progress.text)
             raise

@@ -31,4 +31,4 @@ def is_written(picture: Image.Image) -> bool:
     steps = np.diff(np.asarray(picture.convert("L"), dtype=np.int16), axis=1)
     turns = np.sign(steps) * (np.abs(steps) > _STROKE)
     strokes = turns[:, :-1] * turns[:, 1:] < 0
-    return int(strokes.sum()) > _LEAST_STROKES * strokes.size
+    return bool(strokes.sum() > _LEAST_STROKES * strokes.size)

@@ -40,7 +40,7 @@ image_tokens = [{tokens}]
 image_token_weights = [1.0]
 [optim]
 steps = {steps}
-batch_size = 20
+batch_size = {batch}
 lr = {lr}
 spike_factor = 0
 """
@@ -96,7 +96,7 @@ def test_a_tiny_model_says_on_a_laptop_what_it_learnt(tmp_path: Path, tokenizer:
     tiny_base(tmp_path, tokenizer, [sample["image"] for sample in samples])
     text = RECIPE.format(
         base=tmp_path / "base", output=tmp_path / "out", samples=tmp_path / "samples.json",
-        features=tmp_path / "features", tokens=16, steps=150, lr=2e-3,
+        features=tmp_path / "features", tokens=16, steps=150, batch=20, lr=2e-3,
     )  # fmt: skip
     loss, share = repeated(tmp_path / "pictures", samples, text, tmp_path)
     assert loss < 0.1
@@ -121,7 +121,7 @@ def test_nanos_parts_say_on_a_laptop_what_they_learnt(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text(json.dumps({"captions": samples}))
     text = RECIPE.format(
         base=root / "base", output=tmp_path / "out", samples=tmp_path / "samples.json", features=root / "features",
-        tokens=16, steps=450, lr=1e-4,
+        tokens=16, steps=400, batch=10, lr=2e-4,
     )  # fmt: skip
     loss, share = repeated(root / "pictures", samples, f"{text}projector_lr = 1e-3\n", tmp_path)
     assert loss < 0.1

@@ -77,7 +77,7 @@ image_token_choice = together(
         "--image-tokens",
         metavar="N|auto",
         type=_ImageTokens(),
-        help="Tokens per picture; auto: as many as are read in time.  [default: the model's]",
+        help="Tokens per picture; auto: as many as are read in time, all of a page of text.  [default: the model's]",
     ),
     click.option(
         "--ttft-budget",

@@ -124,6 +124,8 @@ class Repl:
             self.command(question)
         elif question:
             self.ask(question)
+        elif pictures:
+            self.session.read_ahead()
 
     def command(self, line: str) -> None:
         """Run a command with a slash."""
@@ -169,19 +171,19 @@ class Repl:
         if not rest:
             raise InputError("/image needs a file", hint="For example: /image cat.jpg")
         if Path(rest).expanduser().exists():
-            self.add(Path(rest).expanduser())
-            return
-        try:
-            words = shlex.split(rest)
-        except ValueError:
             words = [rest]
+        else:
+            try:
+                words = shlex.split(rest)
+            except ValueError:
+                words = [rest]
         for word in words:
             self.add(picture_path(word))
+        self.session.read_ahead()
 
     def add(self, path: Path) -> None:
         """Put a picture beside the next question."""
         self.session.add_image(path)
-        self.session.read_ahead()
         terminal.note(f"added {path.name}; it goes with your next question")
 
     def reset(self, rest: str) -> None:

@@ -69,6 +69,12 @@ class ChatCompletions:
         name = scheduler.model.name
         if asked.model not in (None, name):
             raise ApiError(404, f"There is no such model here, only {name!r}.", param="model", code="model_not_found")
+        with contextlib.nullcontext() if asked.max_tokens else self._service.reading_ahead():
+            await self._work(scheduler, asked, request, send, started)
+
+    async def _work(
+        self, scheduler: Scheduler, asked: ChatRequest, request: Request, send: Send, started: float
+    ) -> None:
         self._service.check_length(asked)
         grammar = None if asked.schema is None else await asyncio.to_thread(_grammar, asked.schema)
         gone = asyncio.create_task(_disconnected(request))

@@ -145,7 +145,7 @@ class Scheduler:
         """Give the next job a lane, once no other is reading: it may find what that one has read."""
         while self._waiting and self._lanes.free() and all(active.token is not None for active in self._active):
             with self._lock:
-                job = self._waiting.popleft() if self._waiting else None
+                job = self._next()
             if job is None or job.cancelled.is_set():
                 continue
             try:
@@ -156,6 +156,13 @@ class Scheduler:
                 continue
             steps = answer(self.model, job, lane, segments, self._memory, self.metrics)
             self._active.append(_Active(job, lane, steps))
+
+    def _next(self) -> Job | None:
+        """Who waits longest; those that only read ahead come last."""
+        job = next((job for job in self._waiting if job.request.max_tokens), next(iter(self._waiting), None))
+        if job is not None:
+            self._waiting.remove(job)
+        return job
 
     def _read_a_piece(self) -> None:
         """One picture, or one batch of the prompt, of the job that is being read."""

@@ -76,7 +76,7 @@ class Service:
         self._load = load
         self._fetch = fetch
         self._on_ready, self._on_failure = on_ready, on_failure
-        self._in_flight = 0
+        self._in_flight = self._ahead = 0
         self._closing = False
         self._loader = threading.Thread(target=self._load_model, name="llava-edge-loader", daemon=True)
         self._closed: asyncio.Task[None] | None = None
@@ -123,6 +123,19 @@ class Service:
             yield
         finally:
             self._in_flight -= 1
+
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """A request's place becomes one of those for reading ahead, so that no question is sent away for it."""
+        if self._ahead >= self.options.parallel:
+            raise ApiError(429, "Enough pictures are being read ahead.", code="queue_full", retry_after=1)
+        self._in_flight -= 1
+        self._ahead += 1
+        try:
+            yield
+        finally:
+            self._ahead -= 1
+            self._in_flight += 1
 
     async def open_pictures(self, request: ChatRequest) -> list[list[tuple[Picture, int | None]]]:
         """The pictures of every turn, decoded, and how many tokens each is to have."""

@@ -2,11 +2,12 @@
 
 const $ = (id) => document.getElementById(id);
 const SUGGESTIONS = ["Describe this picture.", "What animal is in this picture?", "What is in the background?", "Is there a person in it?"];
+const AHEAD_AFTER = 250; // milliseconds after the last change, so that several pictures are sent once
 const KEEP_EVERY = 500; // milliseconds between copies of an answer that is being written
 let conversation;
 let attached = [];
 let answering = null; // the AbortController of the answer that is being written
-let ahead = null; // the AbortController of pictures that are read before there is a question
+let ahead = null; // pictures that are read before there is a question: a timer, and the AbortController of the request
 let model = null;
 
 const narrow = matchMedia("(max-width: 760px)");
@@ -22,6 +23,7 @@ function warn(text) {
 function begin() {
   conversation = { id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [], changed: 0 };
   show();
+  readAhead();
 }
 
 function show() {
@@ -59,6 +61,7 @@ function select(each) {
   stop();
   conversation = each;
   show();
+  readAhead();
   sidebar(false);
 }
 
@@ -145,18 +148,21 @@ async function ask() {
   warn("");
   conversation.messages.push({ role: "user", text, pictures: attached });
   conversation.title ||= text.slice(0, 80) || attached[0].name;
-  ahead = null; // the server goes on reading, and the question finds what was read
+  const reading = ahead?.control; // it goes on, and the question finds what was read
+  dropAhead(false);
   attached = [];
   $("question").value = "";
   showAttached();
   resize();
   show();
-  await answerQuestion();
+  await answerQuestion(reading);
 }
 
-async function answerQuestion() {
+async function answerQuestion(reading) {
+  dropAhead();
   const mine = conversation; // another one may be shown before the answer ends
   const control = answering = new AbortController();
+  control.signal.addEventListener("abort", () => reading?.abort());
   const message = { role: "assistant", text: "", figures: "", error: "" };
   const node = answerElement(message, mine.messages.length);
   node.classList.add("writing", "waiting");
@@ -191,7 +197,7 @@ async function answerQuestion() {
   }
   scroller.removeAttribute("aria-busy");
   refresh();
-  readAhead();
+  if (!ahead) readAhead();
 }
 
 function read(chunk, mine, message, figures, started, node) {
@@ -264,12 +270,20 @@ function showAttached() {
 }
 
 function readAhead() {
-  ahead?.abort();
-  ahead = null;
+  dropAhead();
   if (!attached.length || answering) return;
-  const control = ahead = new AbortController();
-  const messages = [...asMessages(conversation, conversation.messages.length), asQuestion({ pictures: attached, text: "" })];
-  readPictures(messages, control.signal).catch(() => {}); // the question meets the same error, where it can be shown
+  const control = new AbortController();
+  const timer = setTimeout(() => {
+    const messages = [...asMessages(conversation, conversation.messages.length), asQuestion({ pictures: attached, text: "" })];
+    readPictures(messages, control.signal).catch(() => {}); // the question meets the same error, where it can be shown
+  }, AHEAD_AFTER);
+  ahead = { control, timer };
+}
+
+function dropAhead(abort = true) {
+  clearTimeout(ahead?.timer);
+  if (abort) ahead?.control.abort();
+  ahead = null;
 }
 
 function resize() {

@@ -24,6 +24,7 @@ function closeSettings() {
   settings.set("imageTokens", Number($("image-tokens").value));
   settings.set("system", $("system").value);
   settings.set("key", $("api-key").value.trim());
+  readAhead();
   connect();
 }
 
