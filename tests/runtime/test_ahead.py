@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import llava_edge
-from llava_edge.prompt import ImageRef
+from llava_edge.prompt import ImageRef, up_to_pictures
 
 
 @pytest.fixture
@@ -40,6 +40,13 @@ def test_a_picture_is_in_the_cache_before_the_question(model: llava_edge.Model, 
     reply = chat.ask("What is it?", max_tokens=8)
     assert reply.usage.cached_tokens > reply.usage.image_tokens
     assert (reply.token_ids, model.cache.logits().tobytes()) == expected
+
+
+def test_what_is_there_already_stays(model: llava_edge.Model, pictures: list[Path]) -> None:
+    model.chat().ask("What is it?", pictures[:1], max_tokens=6)
+    before, encoded = model.cache.units, model.encode(model.open_picture(pictures[0]))
+    model.cache.read_ahead(up_to_pictures(before), {encoded.key: encoded})
+    assert model.cache.units == before
 
 
 def test_a_question_waits_for_its_picture(model: llava_edge.Model, pictures: list[Path]) -> None:

@@ -18,6 +18,9 @@ import pytest
 
 import llava_edge
 
+from llava_edge.server.errors import ApiError
+from llava_edge.server.service import Options, Service
+
 from .conftest import Server, answer, get, metric, question, wait_for
 
 # An answer that can't end soon, whatever the random weights say.
@@ -140,6 +143,23 @@ def test_a_full_queue_sends_away(serve: Callable[..., Server], tiny_bundle: Path
     # The official client tries again by itself.
     retrying = server.client(max_retries=5)
     assert retrying.chat.completions.create(model="tiny", messages=[question("Hello")], max_tokens=1).choices
+
+
+def test_reading_ahead_sends_no_question_away() -> None:
+    service = Service(lambda: pytest.fail("not loaded"), Options(parallel=1, queue=0))
+    with service.place(), service.reading_ahead(), service.place():
+        with pytest.raises(ApiError, match="which is the limit"), service.place():
+            pass
+    with (
+        service.place(),
+        service.reading_ahead(),
+        service.place(),
+        pytest.raises(ApiError, match="Enough pictures"),
+        service.reading_ahead(),
+    ):
+        pass
+    with service.place(), service.reading_ahead():  # all is given back
+        pass
 
 
 def test_an_answer_that_takes_too_long_ends(serve: Callable[..., Server], tiny_bundle: Path) -> None:

@@ -324,6 +324,9 @@ def test_packing_leaves_at_most_a_twentieth_empty(tokenizer: PreTrainedTokenizer
     rows = pack(lengths, 2048)
     assert sorted(i for row in rows for i in row) == list(range(128))
     assert all(sum(lengths[i] for i in row) <= 2048 for row in rows)
+    # Rows are about as long as each other, unless that takes one more.
+    assert sorted(map(sorted, pack([5, 5, 4, 4], 10))) == [[0, 2], [1, 3]]
+    assert sorted(map(sorted, pack([6, 4, 3, 3, 2, 2], 10))) == [[0, 1], [2, 3, 4, 5]]
     many = [sample(("what?", "red " * rng.choice((2, 5, 9, 60))), name=str(i), pictures=0) for i in range(256)]
     options: dict[str, Any] = {"epochs": 1, "batch_size": 128, "micro_batch_rows": 4}
     shares = {}

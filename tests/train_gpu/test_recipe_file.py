@@ -54,6 +54,11 @@ def test_a_wrong_recipe_is_refused_in_words(path: Path, change: str, message: st
         load_recipe(path, (change,))
 
 
+def test_samples_that_share_their_picture_have_it_first(path: Path) -> None:
+    with pytest.raises(InputError, match="image_position first"):
+        load_recipe(path, ("data.branches=2", "data.image_position=random"))
+
+
 def test_what_is_missing_is_named(path: Path) -> None:
     path.write_text(RECIPE.replace("lr = 1e-3", ""))
     with pytest.raises(InputError, match=r"optim\.lr is missing"):
