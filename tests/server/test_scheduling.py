@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import openai
 import pytest
 
 import llava_edge
-
 from llava_edge.server.errors import ApiError
 from llava_edge.server.service import Options, Service
 
@@ -147,18 +147,15 @@ def test_a_full_queue_sends_away(serve: Callable[..., Server], tiny_bundle: Path
 
 def test_reading_ahead_sends_no_question_away() -> None:
     service = Service(lambda: pytest.fail("not loaded"), Options(parallel=1, queue=0))
-    with service.place(), service.reading_ahead(), service.place():
-        with pytest.raises(ApiError, match="which is the limit"), service.place():
-            pass
-    with (
-        service.place(),
-        service.reading_ahead(),
-        service.place(),
-        pytest.raises(ApiError, match="Enough pictures"),
-        service.reading_ahead(),
-    ):
-        pass
-    with service.place(), service.reading_ahead():  # all is given back
+    with ExitStack() as held:
+        held.enter_context(service.place())
+        held.enter_context(service.reading_ahead())
+        held.enter_context(service.place())  # of a question
+        with pytest.raises(ApiError, match="Enough pictures"):
+            held.enter_context(service.reading_ahead())
+        with pytest.raises(ApiError, match="which is the limit"):
+            held.enter_context(service.place())
+    with service.place(), service.reading_ahead():  # all was given back
         pass
 
 
