@@ -128,6 +128,7 @@ class _Job:
                 self.result = self._call()
         except BaseException as error:
             self.failure = error
+        del self._call  # what it holds may be a gigabyte, which goes when the caller wants it to
         self._running.release()
 
     def wait(self) -> None:
@@ -195,6 +196,7 @@ class Worker:
             job.run()
             self._current = None
             self._raise_flag()
+            del job
 
     def _settle(self) -> None:
         """Wait for all calls before. They use the caller's memory, so further interruptions have to wait too."""

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,21 @@ def test_a_call_is_not_left_while_it_runs() -> None:
     assert over == [True]
     assert not worker.aborting
     assert worker.run(lambda: 7) == 7
+    worker.close()
+
+
+def test_a_call_that_is_over_holds_nothing() -> None:
+    """A vision tower that is closed must not wait in memory for the next call."""
+
+    class Tower:
+        def encode(self) -> int:
+            return 7
+
+    worker, tower = Worker(), Tower()
+    alive = weakref.ref(tower)
+    assert worker.run(tower.encode) == 7
+    del tower
+    assert alive() is None
     worker.close()
 
 
