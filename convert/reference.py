@@ -164,6 +164,8 @@ class Reference:
                 for state, mask, place, angle in zip(states, masks, places, angles, strict=True)
             ]
             layer.to("meta")
+            if number % 4 == 3:
+                release()  # what glibc keeps of each layer would add up
             if visit:
                 visit(states)
         self._fill(skeleton.norm, "language_model.norm.")
