@@ -42,6 +42,10 @@ Counter: TypeAlias = "Callable[[str], Tell]"
 _REPACK_BYTES = 2 * 1024**3
 
 
+def _silent(things: str) -> Tell:
+    return lambda done, total: None
+
+
 class Gate:
     """Measures files and keeps the figures for the manifest."""
 
@@ -107,12 +111,11 @@ class Gate:
         repack = path.stat().st_size < _REPACK_BYTES
         return Engine(path, n_ctx=longest, n_gpu_layers=0, repack=repack)
 
-    def measure_llm(self, engine: Engine, type_name: str, counter: Counter | None = None) -> list[str]:
+    def measure_llm(self, engine: Engine, type_name: str, counter: Counter = _silent) -> list[str]:
         """Measure a language model; the first one gives the answers along which all are measured.
 
         ``counter`` makes what is told of the positions and layers that are done.
         """
-        counter = counter or _silent
         name = engine.path.name
         failures: list[str] = []
         if not self._cases:
@@ -163,10 +166,6 @@ class Gate:
             self._report[kind] = figures
         else:
             self._report.setdefault(kind, {})[type_name] = figures
-
-
-def _silent(things: str) -> Tell:
-    return lambda done, total: None
 
 
 def misread(checkpoint: Checkpoint) -> str | None:

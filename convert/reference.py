@@ -8,7 +8,6 @@ Shapes: T tokens, P patches, D width of the language model, V size of the vocabu
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,8 +129,8 @@ class Reference:
 
         ``tell`` is told how many layers are done, of how many.
         """
-        done, total = itertools.count(1), self._checkpoint.text_config.num_hidden_layers
-        states = self._run(prompts, None if tell is None else lambda _states: tell(next(done), total))
+        total = self._checkpoint.text_config.num_hidden_layers
+        states = self._run(prompts, None if tell is None else lambda done, _states: tell(done, total))
         head = "language_model.embed_tokens.weight" if self._checkpoint.tied else "lm_head.weight"
         matrix = torch.from_numpy(self._weights.take(head))
         ends = [(state[0], end) for state, prompt in zip(states, prompts, strict=True) for end in prompt.ends()]
@@ -141,13 +140,16 @@ class Reference:
     def layer_outputs(self, rows: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """What each layer makes of one input ``[T, D]``."""
         found: list[NDArray[np.float32]] = []
-        self._run([Prompt(rows, [])], lambda states: found.append(states[0][0].numpy().copy()))
+        self._run([Prompt(rows, [])], lambda _done, states: found.append(states[0][0].numpy().copy()))
         return found
 
     def _run(
-        self, prompts: Sequence[Prompt], visit: Callable[[list[torch.Tensor]], object] | None = None
+        self, prompts: Sequence[Prompt], visit: Callable[[int, list[torch.Tensor]], object] | None = None
     ) -> list[torch.Tensor]:
-        """Send prompts through all layers together: the model is read once. Returns states ``[1, T, D]``."""
+        """Send prompts through all layers together: the model is read once. Returns states ``[1, T, D]``.
+
+        ``visit`` gets the number of layers that are done, and the states behind the last of them.
+        """
         config = self._checkpoint.text_config
         with torch.device("meta"):
             kind: Any = transformers.AutoModelForCausalLM
@@ -156,18 +158,18 @@ class Reference:
         states, places = [prompt.rows for prompt in prompts], [prompt.places for prompt in prompts]
         masks = [prompt.mask for prompt in prompts]
         angles = [rotary(state, place) for state, place in zip(states, places, strict=True)]
-        for number, layer in enumerate(skeleton.layers):
-            self._fill(layer, f"language_model.layers.{number}.")
+        for done, layer in enumerate(skeleton.layers, 1):
+            self._fill(layer, f"language_model.layers.{done - 1}.")
             layer.eval()
             states = [
                 _first(layer(state, attention_mask=mask, position_ids=place, position_embeddings=angle))
                 for state, mask, place, angle in zip(states, masks, places, angles, strict=True)
             ]
             layer.to("meta")
-            if number % 4 == 3:
+            if done % 4 == 0:
                 release()  # what glibc keeps of each layer would add up
             if visit:
-                visit(states)
+                visit(done, states)
         self._fill(skeleton.norm, "language_model.norm.")
         return [skeleton.norm(state) for state in states]
 

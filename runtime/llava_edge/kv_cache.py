@@ -97,12 +97,11 @@ class KvCache:
                 f"the prompt has {needed} tokens and the context {self._engine.n_ctx}; an answer needs room too",
                 hint="Load the model with a larger n_ctx (--n-ctx), shorten the question, or reset the conversation.",
             )
-        have = [entry.unit for entry in self._entries]
-        there = next((n for n, unit in enumerate(units) if n >= len(have) or have[n] != unit), len(units))
+        there = _shared(self.units, units) if ahead else self.common(units)
         image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
         if ahead and there == len(units):  # and perhaps more, which is kept
             return Prefill(needed, needed, image)
-        kept = self._keep(there if ahead else self.common(units))
+        kept = self._keep(there)
         for index, unit in enumerate(units[kept:], kept):
             yield
             yield from self._evaluate(unit, images, last=not ahead and index == len(units) - 1)
@@ -267,8 +266,13 @@ def entries_of(units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> lis
 
 def common_units(held: Sequence[Unit], units: Sequence[Unit]) -> int:
     """How many of the first units can stay. The last one is evaluated again, because only that gives its logits."""
+    return _shared(held, units[:-1])
+
+
+def _shared(held: Sequence[Unit], units: Sequence[Unit]) -> int:
+    """How many units both begin with."""
     count = 0
-    for have, want in zip(held, units[:-1], strict=False):
+    for have, want in zip(held, units, strict=False):
         if have != want:
             break
         count += 1

@@ -8,11 +8,10 @@ libraries outside of ONNX Runtime. Weights are not read.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from llava_edge.errors import ModelError, ModelFileError
+from llava_edge.protobuf import BYTES, Field, Wire
 
 DOMAINS = {"", "ai.onnx", "ai.onnx.ml", "com.microsoft"}
 MAX_DEPTH = 8
@@ -21,7 +20,6 @@ MAX_NAME_BYTES = 4096
 # TensorProto.DataType -> bits of a value; texts and complex numbers have no place in a vision tower.
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 16: 16, 17: 8, 18: 8,
          19: 8, 20: 8, 21: 4, 22: 4, 23: 4}  # fmt: skip
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 # Numbers of fields, by message.
 _IR_VERSION, _GRAPH, _OPSET, _FUNCTION = 1, 7, 8, 25
 _NODE, _INITIALIZER, _INPUT, _OUTPUT, _SPARSE = 1, 5, 11, 12, 15
@@ -29,15 +27,6 @@ _FUNCTION_NODE = 7
 _OP_TYPE, _ATTRIBUTE, _DOMAIN = 4, 5, 7
 _A_TENSOR, _A_GRAPH, _A_TENSORS, _A_GRAPHS = 5, 6, 10, 11
 _DIMS, _DATA_TYPE, _TENSOR_NAME, _RAW, _EXTERNAL, _LOCATION = 1, 2, 8, 9, 13, 14
-
-
-@dataclass(frozen=True)
-class _Field:
-    number: int
-    wire: int
-    value: int
-    start: int
-    end: int
 
 
 def check_onnx(path: Path) -> None:
@@ -70,12 +59,13 @@ class _Checker:
     def __init__(self, path: Path, data: mmap.mmap) -> None:
         self._path = path
         self._data = data
+        self._wire = Wire(path, data)
         self._nodes = 0
 
     def model(self) -> None:
         graphs = 0
         version = 0
-        for field in self._fields("model", 0, len(self._data)):
+        for field in self._wire.fields("model", 0, len(self._data)):
             if field.number == _IR_VERSION:
                 version = field.value
             elif field.number == _OPSET:
@@ -84,7 +74,7 @@ class _Checker:
                 graphs += 1
                 self._graph("graph", field, 0)
             elif field.number == _FUNCTION:
-                for inner in self._fields("function", field.start, field.end):
+                for inner in self._wire.fields("function", field.start, field.end):
                     if inner.number == _FUNCTION_NODE:
                         self._node("function", inner, 0)
         if not 3 <= version <= 64:
@@ -92,18 +82,18 @@ class _Checker:
         if graphs != 1:
             raise self._error("graph", f"stands {graphs} times; expected one")
 
-    def _opset(self, field: _Field) -> None:
+    def _opset(self, field: Field) -> None:
         domain = ""
-        for inner in self._fields("opset_import", field.start, field.end):
+        for inner in self._wire.fields("opset_import", field.start, field.end):
             if inner.number == 1:
                 domain = self._text("opset_import", inner)
         self._check_domain("opset_import", domain)
 
-    def _graph(self, where: str, field: _Field, depth: int) -> None:
+    def _graph(self, where: str, field: Field, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise self._error(where, f"has graphs in graphs more than {MAX_DEPTH} deep")
         inputs = outputs = 0
-        for inner in self._fields(where, field.start, field.end):
+        for inner in self._wire.fields(where, field.start, field.end):
             if inner.number == _NODE:
                 self._node(where, inner, depth)
             elif inner.number == _INITIALIZER:
@@ -115,13 +105,13 @@ class _Checker:
         if not outputs or (depth == 0 and not inputs):
             raise self._error(where, f"has {inputs} inputs and {outputs} outputs")
 
-    def _node(self, where: str, field: _Field, depth: int) -> None:
+    def _node(self, where: str, field: Field, depth: int) -> None:
         self._nodes += 1
         if self._nodes > MAX_NODES:
             raise self._error(where, f"has more than {MAX_NODES} nodes")
         domain = kind = ""
-        attributes: list[_Field] = []
-        for inner in self._fields("node", field.start, field.end):
+        attributes: list[Field] = []
+        for inner in self._wire.fields("node", field.start, field.end):
             if inner.number == _DOMAIN:
                 domain = self._text("node.domain", inner)
             elif inner.number == _OP_TYPE:
@@ -130,16 +120,16 @@ class _Checker:
                 attributes.append(inner)
         self._check_domain(f"node {kind}", domain)
         for attribute in attributes:
-            for inner in self._fields(f"node {kind}", attribute.start, attribute.end):
+            for inner in self._wire.fields(f"node {kind}", attribute.start, attribute.end):
                 if inner.number in (_A_GRAPH, _A_GRAPHS):
                     self._graph(f"graph of node {kind}", inner, depth + 1)
                 elif inner.number in (_A_TENSOR, _A_TENSORS):
                     self._tensor(f"attribute of node {kind}", inner)
 
-    def _tensor(self, where: str, field: _Field) -> None:
+    def _tensor(self, where: str, field: Field) -> None:
         dims: list[int] = []
         kind, raw, name, external = 0, None, "", False
-        for inner in self._fields(where, field.start, field.end):
+        for inner in self._wire.fields(where, field.start, field.end):
             if inner.number == _DIMS:
                 dims += self._varints(where, inner)
             elif inner.number == _DATA_TYPE:
@@ -170,51 +160,20 @@ class _Checker:
         if domain not in DOMAINS:
             raise self._error(where, f"is of the domain {domain[:80]!r}; ONNX Runtime has no such operators")
 
-    def _text(self, where: str, field: _Field) -> str:
-        if field.wire != _BYTES or field.end - field.start > MAX_NAME_BYTES:
+    def _text(self, where: str, field: Field) -> str:
+        if field.wire != BYTES or field.end - field.start > MAX_NAME_BYTES:
             raise self._error(where, "holds a name that is too long, or none")
         return self._data[field.start : field.end].decode("utf-8", "replace")
 
-    def _varints(self, where: str, field: _Field) -> list[int]:
+    def _varints(self, where: str, field: Field) -> list[int]:
         """Whole numbers, packed or one by one."""
-        if field.wire != _BYTES:
+        if field.wire != BYTES:
             return [field.value]
         values, at = [], field.start
         while at < field.end:
-            value, at = self._varint(where, at, field.end)
+            value, at = self._wire.varint(where, at, field.end)
             values.append(value)
         return values
-
-    def _fields(self, where: str, start: int, end: int) -> Iterator[_Field]:
-        at = start
-        while at < end:
-            key, at = self._varint(where, at, end)
-            number, wire = key >> 3, key & 7
-            value, begin = 0, at
-            if wire == _VARINT:
-                value, at = self._varint(where, at, end)
-            elif wire == _BYTES:
-                length, begin = self._varint(where, at, end)
-                at = begin + length
-            elif wire in (_FIXED64, _FIXED32):
-                at += 8 if wire == _FIXED64 else 4
-            else:
-                raise self._error(where, f"has the wire type {wire} at byte {at}; the file is damaged, or no ONNX")
-            if at > end or not number:
-                raise self._error(where, f"has a field that ends at byte {at}, beyond its end at {end}")
-            yield _Field(number, wire, value, begin, at)
-
-    def _varint(self, where: str, at: int, end: int) -> tuple[int, int]:
-        value = 0
-        for shift in range(0, 70, 7):
-            if at >= end:
-                break
-            byte = self._data[at]
-            at += 1
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value & (1 << 64) - 1, at
-        raise self._error(where, f"has a number that does not end, at byte {at}")
 
     def _error(self, field: str, problem: str) -> ModelFileError:
         return ModelFileError(self._path, field, problem)

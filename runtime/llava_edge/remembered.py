@@ -24,7 +24,7 @@ from llava_edge import native
 from llava_edge.cache import DiskCache, key_of
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.kv_cache import Entry, entries_of
-from llava_edge.prompt import ImageRef, TokenRun, Unit
+from llava_edge.prompt import ImageRef, TokenRun, Unit, up_to_pictures
 from llava_edge.vision.packed import digest, pack, unpack
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Remembered:
 
         What follows, the question, is not in the copy. :meth:`write_prefix` writes it, for other processes.
         """
-        end = max(_picture_ends(units), default=0)
+        end = len(up_to_pictures(units[:-1]))
         while True:
             done = None
             try:

@@ -38,7 +38,7 @@ def candidates(bundle: Bundle, choice: str) -> list[str]:
 
 
 def _installed(name: str) -> bool:
-    return name != "native" or native.library_path() is not None
+    return name != "native" or native.find_shared_library() is not None
 
 
 def open_encoder(bundle: Bundle, engine: Engine, choice: str) -> tuple[str, VisionEncoder]:

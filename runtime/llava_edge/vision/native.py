@@ -101,7 +101,7 @@ class NativeEncoder:
             raise ModelError(problem, hint="Expected an mmproj GGUF with the tower of CLIP, SigLIP or DINOv2.")
 
 
-def library_path() -> str | None:
+def find_shared_library() -> str | None:
     """Where the library is, None if it is not installed."""
     given = os.environ.get(LIBRARY_VARIABLE)
     if given:
@@ -112,7 +112,7 @@ def library_path() -> str | None:
 
 def version() -> str:
     """The library's version and the file that it is, for the self-check's memory."""
-    path = library_path()
+    path = find_shared_library()
     text = _load().llava_edge_version().decode()
     status = Path(path).stat() if path and Path(path).is_file() else None
     return f"{text} {status.st_size} {status.st_mtime_ns}" if status else str(text)
@@ -120,7 +120,7 @@ def version() -> str:
 
 @functools.cache
 def _load() -> Any:
-    path = library_path()
+    path = find_shared_library()
     if path is None:
         raise ModelError(
             "libllava_edge is not installed, which the vision backend native needs",
