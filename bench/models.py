@@ -12,7 +12,7 @@ from llava_edge.bench.speed.workload import Weights, read_weights
 from llava_edge.bundle import Bundle, resolve_model, sha256_file
 from llava_edge.convert.quantize import LLM_TYPES as convert_types
 from llava_edge.errors import InputError
-from llava_edge.model import pulled_pair
+from llava_edge.parts import pulled_pair
 from llava_edge.vision.backends import candidates
 from llava_edge.vision.tokens import pooled_counts, pooled_grid
 

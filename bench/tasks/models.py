@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, resolve_model, sha256_file
 from llava_edge.convert.prompts import NAMED
 from llava_edge.errors import InputError
-from llava_edge.model import pulled_pair
+from llava_edge.parts import pulled_pair
 from llava_edge.types import FitMode
 from llava_edge.vision.backends import candidates
 
