@@ -195,32 +195,6 @@ class DevConfig:
 
 
 @dataclass(frozen=True)
-class RewardConfig:
-    """Self-critical training of some sources of captions: the model is rewarded for what it writes itself.
-
-    ``sources`` are names of ``data``; a picture's samples there (``data.branches`` above 1) are what its answers are
-    scored against, by CIDEr-D. ``draws`` answers of at most ``max_tokens`` tokens are drawn for each picture at
-    ``temperature``. Their advantages are scaled to a root mean square of ``weight``, where a label of the other sources
-    weighs 1.
-    """
-
-    sources: tuple[str, ...]
-    draws: int = 5
-    max_tokens: int = 32
-    temperature: float = 1.0
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise InputError("reward.sources is empty")
-        if self.draws < 2:
-            raise InputError(f"reward.draws is {self.draws}; expected at least 2, which are compared")
-        for name in ("max_tokens", "temperature", "weight"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"reward.{name} is {getattr(self, name)}; expected a number above 0")
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One stage of training, from the checkpoint ``init``, or the parts in ``model``, to the checkpoint ``output``.
 
@@ -236,7 +210,6 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     dev: DevConfig | None = None
-    reward: RewardConfig | None = None
     seed: int = 0
     log_every: int = 10
     save_every: int = 100
@@ -253,8 +226,6 @@ class Recipe:
             raise InputError(
                 "scale.attention flash_attention_2 needs data.packing, data.branches = 1 and optim.micro_batch_rows = 1"
             )
-        if self.reward and self.data.branches == 1:
-            raise InputError("reward needs data.branches above 1, so that a picture's captions are together")
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")

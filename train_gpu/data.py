@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
@@ -26,15 +26,6 @@ if TYPE_CHECKING:
 
 Item: TypeAlias = "tuple[Sample, ...]"
 """What is drawn: one sample, or all samples of a picture where they share a reading of it."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What one place of a step holds: an item of a source, and the number of the draw since the run began."""
-
-    source: str
-    item: Item
-    draw: int
 
 
 @dataclass(frozen=True)
@@ -119,40 +110,25 @@ class Mixture:
         rng = random.Random(f"{self.seed} tokens {step}")
         return rng.choices(self.config.image_tokens, self.config.image_token_weights)[0]
 
-    def drawn(self, step: int) -> list[Drawn]:
-        """The items of a step."""
+    def documents(self, step: int) -> tuple[list[Document], int]:
+        """The documents of a step, and how many of them were cut at the maximum length."""
         first = step * self.optim.batch_size
         last = first + self.optim.batch_size
         if self.optim.epochs is not None:
             last = min(last, round(self.optim.epochs * self.n_items))
-        drawn = []
+        tokens = self.image_tokens(step)
+        documents, cut = [], 0
         for draw in range(first, last):
             epoch, place = divmod(draw, self.n_items)
             source, number = self.order(epoch)[place]
-            drawn.append(Drawn(source, self.items[source][number], draw))
-        return drawn
-
-    def documents(self, step: int) -> tuple[list[Document], int]:
-        """The documents of a step, and how many of them were cut at the maximum length."""
-        return self.documents_of(self.drawn(step), step)
-
-    def documents_of(self, drawn: Sequence[Drawn], step: int) -> tuple[list[Document], int]:
-        """The same of some of a step's items."""
-        tokens = self.image_tokens(step)
-        documents, cut = [], 0
-        for one in drawn:
             try:
-                whole = self._document(one.item, one.draw, tokens)
+                whole = self._document(self.items[source][number], draw, tokens)
                 documents.append(truncate(whole, self.config.max_length, self.renderer.image_token))
             except InputError as error:
                 self.skipped.add(error)
                 continue
             cut += len(documents[-1]) < len(whole)
         return documents, cut
-
-    def prompt(self, sample: Sample) -> list[int]:
-        """Token ids of a sample's first question, the picture before it."""
-        return self.renderer.prompt(place_picture(sample))
 
     def _document(self, item: Item, draw: int, image_tokens: int) -> Document:
         rng = random.Random(f"{self.seed} draw {draw}")
@@ -167,10 +143,6 @@ class Mixture:
     def step(self, step: int, rank: int = 0, world: int = 1) -> Step:
         """The batches of one process. Every process gets as many; the last ones may be empty."""
         documents, cut = self.documents(step)
-        return self.to_step(documents, step, cut, rank, world)
-
-    def to_step(self, documents: Sequence[Document], step: int, truncated: int, rank: int = 0, world: int = 1) -> Step:
-        """Lay documents into rows and these into the batches of one process."""
         rows = [[index] for index in sorted(range(len(documents)), key=lambda i: -len(documents[i]))]
         if self.config.packing:
             rows = pack([len(document) for document in documents], self.config.max_length)
@@ -179,7 +151,7 @@ class Mixture:
         micro += [[] for _ in range(-len(micro) % world)]
         tokens = self.image_tokens(step)
         mine = [self._batch([[documents[i] for i in row] for row in part], tokens) for part in micro[rank::world]]
-        return Step(tuple(mine), tuple(document.name for document in documents), truncated)
+        return Step(tuple(mine), tuple(document.name for document in documents), cut)
 
     def _batch(self, rows: list[list[Document]], image_tokens: int) -> Batch:
         arrays = []

@@ -32,7 +32,6 @@ from llava_edge.train_gpu.optim import learning_rate_factor, make_optimizer, war
 from llava_edge.train_gpu.pictures import CachedPictures, Pictures, PixelPictures
 from llava_edge.train_gpu.precision import uses_bfloat16
 from llava_edge.train_gpu.prompts import Renderer
-from llava_edge.train_gpu.reward import SelfCritic
 from llava_edge.train_gpu.samples import Sample, Skipped, read_source, read_sources
 
 if TYPE_CHECKING:
@@ -119,10 +118,7 @@ class Run:
         asked = read_source(recipe.dev.source, self.skipped)[: recipe.dev.count] if recipe.dev else []
         self._fill_cache(asked)
         self.dev = DevSet(asked, recipe, renderer, self.mixture) if asked else None
-        self.critic = SelfCritic(recipe.reward, self.mixture, self.engine, recipe.seed) if recipe.reward else None
-        # A rewarded answer's loss may be below 0, so that nothing can be said of how far it jumped.
-        factor = 0.0 if recipe.reward else recipe.optim.spike_factor
-        self.guard = LossGuard(self.directory, factor, writes=self.engine.main)
+        self.guard = LossGuard(self.directory, recipe.optim.spike_factor, writes=self.engine.main)
         self.step, self.seconds = 0, 0.0
         if state is not None:
             self._restore(state)
@@ -177,8 +173,11 @@ class Run:
         count = sum(p.numel() for p in engine.trained)
         log.info("%s: %.2f M trained parameters, %d samples", recipe.stage, count / 1e6, self.mixture.n_items)
         engine.forward.train()
+        steps = ahead(
+            lambda number: self.mixture.step(number, engine.rank, engine.world),
+            self.step, self.mixture.steps, recipe.data.workers,
+        )  # fmt: skip
         meter = Meter(self)
-        steps = self._steps(meter)
         with closing(steps), _signals() as caught:
             while self.progress() < 1:
                 began = time.monotonic()
@@ -199,21 +198,6 @@ class Run:
                     self._answer()
                 if self.step % recipe.save_every == 0:
                     self.save()
-
-    def _steps(self, meter: Meter) -> Generator[Step]:
-        """The steps from the present one on: made ahead, or with what the model writes at each."""
-        if self.critic is None:
-            engine = self.engine
-            yield from ahead(
-                lambda number: self.mixture.step(number, engine.rank, engine.world),
-                self.step, self.mixture.steps, self.recipe.data.workers,
-            )  # fmt: skip
-            return
-        for number in range(self.step, self.mixture.steps):
-            step, score = self.critic.step(number)
-            if score is not None:
-                meter.scores.append(score)
-            yield step
 
     def _update(self, step: Step, labels: float) -> tuple[float, float, float]:
         """One optimiser step. Returns the mean loss of its labels, the gradient's norm, the schedule's factor."""

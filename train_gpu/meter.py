@@ -27,7 +27,6 @@ class Meter:
     def _reset(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
-        self.scores: list[float] = []
         self.totals = [0.0] * 5
         self.spent = 0.0
         self.waited = 0.0
@@ -58,7 +57,6 @@ class Meter:
             "step": run.step,
             "epoch": round(run.step * run.recipe.optim.batch_size / run.mixture.n_items, 4),
             "loss": sum(self.losses) / len(self.losses),
-            **({"reward": sum(self.scores) / len(self.scores)} if self.scores else {}),
             "lr": run.recipe.optim.lr * factor,
             "grad_norm": sum(self.norms) / len(self.norms),
             "tokens_per_second": real / self.spent,

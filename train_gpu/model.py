@@ -12,7 +12,6 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import DynamicCache
 
 from llava_edge.errors import InputError
 from llava_edge.train_gpu.features import through_blocks, tower_features, used_blocks
@@ -152,22 +151,19 @@ class Trainee(nn.Module):
         standard = (features.float() - self.feature_shift) / self.feature_scale
         return pool_tokens(self.projector(standard), tokens)
 
-    def _features(self, pictures: torch.Tensor, are_features: bool) -> torch.Tensor:
-        if are_features and not self.blocks:
-            return pictures
+    def _features(self, batch: Batch) -> torch.Tensor:
+        if batch.are_features and not self.blocks:
+            return batch.pictures
         if self.tower is None:
             raise InputError("the batch has pixels, and the vision tower was left out")
-        pictures = pictures.to(next(self.tower.parameters()).dtype)
+        pictures = batch.pictures.to(next(self.tower.parameters()).dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in self.tower.parameters())):
-            if are_features:
+            if batch.are_features:
                 return through_blocks(self.tower, self.config, pictures, self.blocks)
             return tower_features(self.tower, self.config, pictures)
 
     def forward(self, batch: Batch, *, predict: bool = False) -> torch.Tensor:
-        """Sum of the cross-entropies of all labels, weighted where the batch says so.
-
-        With ``predict`` it is the logits behind the last token, ``[B, V]``.
-        """
+        """Sum of the cross-entropies of all labels; with ``predict`` the logits behind the last token, ``[B, V]``."""
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.bf16):
             hidden, extra = self._read(batch)
             if predict:
@@ -175,19 +171,14 @@ class Trainee(nn.Module):
             # Position i predicts i + 1. The first token of a document or of an answer's branch is never labelled, so
             # no label stands behind the last token of another.
             counted = batch.labels[:, 1:] != IGNORE
-            logits = self.head(hidden[:, :-1][counted]).float()
-            labels = batch.labels[:, 1:][counted]
-            if batch.weights is None:
-                loss = functional.cross_entropy(logits, labels, reduction="sum")
-            else:
-                loss = batch.weights[:, 1:][counted] @ functional.cross_entropy(logits, labels, reduction="none")
+            logits = self.head(hidden[:, :-1][counted])
+            loss = functional.cross_entropy(logits.float(), batch.labels[:, 1:][counted], reduction="sum")
         return loss + extra
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """The LLM's last hidden states ``[B, S, D]``, and a zero that ties unused parts to the loss."""
         embeddings = self.embed(batch.ids)
-        features = self._features(batch.pictures, batch.are_features)
-        image = self.image_embeddings(features, batch.image_tokens).to(embeddings.dtype)
+        image = self.image_embeddings(self._features(batch), batch.image_tokens).to(embeddings.dtype)
         extra: torch.Tensor | float = 0.0
         if batch.n_pictures:
             here = (batch.ids == self.image_token) & (batch.documents > 0)
@@ -201,37 +192,6 @@ class Trainee(nn.Module):
             use_cache=False,
         )
         return outputs.last_hidden_state, extra
-
-    def prefill(
-        self, ids: torch.Tensor, known: torch.Tensor, pictures: torch.Tensor, are_features: bool, image_tokens: int
-    ) -> tuple[torch.Tensor, DynamicCache]:
-        """Read prompts ``[N, S]`` that are padded on the left, where ``known`` is 0.
-
-        Returns the logits behind them, float32 ``[N, V]``, and the cache of keys and values to :meth:`go_on` with.
-        """
-        cache = DynamicCache()
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            embeddings = self.embed(ids)
-            image = self.image_embeddings(self._features(pictures, are_features), image_tokens).to(embeddings.dtype)
-            here = (ids == self.image_token) & (known > 0)
-            embeddings = embeddings.masked_scatter(here[..., None], image)
-            return self._next(embeddings, known, cache), cache
-
-    def go_on(self, ids: torch.Tensor, known: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        """Read one more token of each row, ``[R]``; ``known`` ``[R, S + 1]`` counts it. Logits ``[R, V]``."""
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-            return self._next(self.embed(ids[:, None]), known, cache)
-
-    def _next(self, embeddings: torch.Tensor, known: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        positions = (known.cumsum(dim=1) - 1).clamp(min=0)[:, -embeddings.shape[1] :]
-        outputs = self.llm(
-            inputs_embeds=embeddings,
-            attention_mask=known,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        return self.head(outputs.last_hidden_state[:, -1]).float()  # type: ignore[no-any-return]
 
     def _mask(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor | None:
         if self.attention == "flash_attention_2":

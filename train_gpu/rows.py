@@ -24,10 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens with their positions; ``branches`` is 0 in the shared prefix and numbers the branches from 1.
-
-    ``weights``, where there are any, are what each label's share of the loss is multiplied by.
-    """
+    """Tokens with their positions; ``branches`` is 0 in the shared prefix and numbers the branches from 1."""
 
     ids: list[int]
     labels: list[int]
@@ -35,7 +32,6 @@ class Document:
     branches: list[int]
     pictures: tuple[PictureRef, ...]
     name: str
-    weights: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -46,22 +42,13 @@ class Document:
 
 
 def make_document(
-    samples: Sequence[Tokens],
-    pictures: tuple[PictureRef, ...],
-    name: str,
-    image_token: int,
-    image_tokens: int,
-    weights: Sequence[float] | None = None,
+    samples: Sequence[Tokens], pictures: tuple[PictureRef, ...], name: str, image_token: int, image_tokens: int
 ) -> Document:
-    """One document of samples that all begin with the same tokens up to their only picture, or of one sample.
-
-    ``weights`` has one number a sample.
-    """
+    """One document of samples that all begin with the same tokens up to their only picture, or of one sample."""
     spread = [_spread(tokens, image_token, image_tokens) for tokens in samples]
     if len(spread) == 1:
         ids, labels = spread[0].ids, spread[0].labels
-        weighted = [weights[0]] * len(ids) if weights is not None else None
-        return Document(ids, labels, list(range(len(ids))), [0] * len(ids), pictures, name, weighted)
+        return Document(ids, labels, list(range(len(ids))), [0] * len(ids), pictures, name)
     head = _shared(spread)
     if head < spread[0].ids.index(image_token) + image_tokens:
         raise InputError(f"sample {name}: the samples of this picture begin differently and can't share it")
@@ -71,8 +58,7 @@ def make_document(
         labels += tokens.labels[head:]
         positions += range(head, len(tokens.ids))
         branches += [number] * (len(tokens.ids) - head)
-    weighted = None if weights is None else [0.0 if branch == 0 else weights[branch - 1] for branch in branches]
-    return Document(ids, labels, positions, branches, pictures, name, weighted)
+    return Document(ids, labels, positions, branches, pictures, name)
 
 
 def _shared(samples: Sequence[Tokens]) -> int:
@@ -105,7 +91,6 @@ def truncate(document: Document, length: int, image_token: int) -> Document:
         labels=document.labels[:length],
         positions=document.positions[:length],
         branches=document.branches[:length],
-        weights=document.weights and document.weights[:length],
     )
     if all(label == IGNORE for label in cut.labels):
         raise InputError(
@@ -147,8 +132,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Batch:
     """Rows of equal length for one forward pass.
 
-    ``documents`` numbers the documents of a row from 1, 0 is padding. ``weights`` multiply the labels' losses; without
-    any, all weigh 1. ``pictures`` are pixels ``[N, 3, H, W]`` or
+    ``documents`` numbers the documents of a row from 1, 0 is padding. ``pictures`` are pixels ``[N, 3, H, W]`` or
     features ``[N, P, D]`` in the order of their tokens; where there are none, one blank stands in.
     """
 
@@ -162,7 +146,6 @@ class Batch:
     image_tokens: int
     n_pictures: int
     names: tuple[str, ...]
-    weights: torch.Tensor | None = None
 
     @property
     def real_tokens(self) -> int:
@@ -180,8 +163,6 @@ class Batch:
             name: getattr(self, name).to(device, non_blocking=True)
             for name in ("ids", "labels", "positions", "documents", "branches", "pictures")
         }
-        if self.weights is not None:
-            moved["weights"] = self.weights.to(device, non_blocking=True)
         return replace(self, **moved)
 
     def seen(self) -> torch.Tensor:
@@ -202,7 +183,6 @@ def collate(rows: Sequence[Sequence[Document]], pictures: torch.Tensor, are_feat
     positions = torch.zeros(shape, dtype=torch.long)
     documents = torch.zeros(shape, dtype=torch.long)
     branches = torch.zeros(shape, dtype=torch.long)
-    weights = torch.ones(shape) if any(document.weights for row in rows for document in row) else None
     for number, row in enumerate(rows):
         at = 0
         for order, document in enumerate(row, start=1):
@@ -213,12 +193,8 @@ def collate(rows: Sequence[Sequence[Document]], pictures: torch.Tensor, are_feat
             positions[place] = torch.tensor(document.positions)
             documents[place] = order
             branches[place] = torch.tensor(document.branches)
-            if weights is not None and document.weights is not None:
-                weights[place] = torch.tensor(document.weights)
             at += len(document)
     found = [document for row in rows for document in row]
     count = sum(len(document.pictures) for document in found)
     names = tuple(document.name for document in found)
-    return Batch(
-        ids, labels, positions, documents, branches, pictures, are_features, image_tokens, count, names, weights
-    )
+    return Batch(ids, labels, positions, documents, branches, pictures, are_features, image_tokens, count, names)

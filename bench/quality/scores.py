@@ -13,7 +13,7 @@ import numpy as np
 
 from llava_edge.bench import statistics
 from llava_edge.bench.record import Metric
-from llava_edge.cider import cider_d
+from llava_edge.bench.tasks.cider import cider_d
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

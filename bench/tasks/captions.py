@@ -11,11 +11,11 @@ import numpy as np
 from llava_edge.bench.tasks import stats
 from llava_edge.bench.tasks.asking import Said
 from llava_edge.bench.tasks.caption_files import read_captions
+from llava_edge.bench.tasks.cider import CiderD
 from llava_edge.bench.tasks.ngrams import bleu4, bleu_counts, rouge_l
 from llava_edge.bench.tasks.reading import Data
 from llava_edge.bench.tasks.samples import Mark, Record, Sample
 from llava_edge.bench.tasks.task import BaseTask, Metrics
-from llava_edge.cider import CiderD
 from llava_edge.errors import InputError
 
 QUESTION = "Write a short caption for this picture."

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from llava_edge.cider import Ngram, ngrams, words
-
+Ngram = tuple[str, ...]
 BLEU_ORDERS = (1, 2, 3, 4)
 ROUGE_BETA = 1.2
 _TINY, _SMALL = 1e-15, 1e-9  # the published script's guards against a division by nothing
+
+
+def words(text: str) -> list[str]:
+    """Lower-cased words without punctuation."""
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def ngrams(tokens: Sequence[str], orders: Iterable[int]) -> Counter[Ngram]:
+    """How often each run of words comes."""
+    return Counter(tuple(tokens[i : i + n]) for n in orders for i in range(len(tokens) - n + 1))
 
 
 def bleu_counts(candidate: str, references: Sequence[str]) -> list[int]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from llava_edge.bench.tasks import stats
-from llava_edge.bench.tasks.ngrams import bleu4, bleu_counts, rouge_l
+from llava_edge.bench.tasks.cider import cider_d
+from llava_edge.bench.tasks.ngrams import bleu4, bleu_counts, rouge_l, words
 from llava_edge.bench.tasks.stats import mcnemar, wilson
-from llava_edge.cider import cider_d, words
 
 REFERENCES = [
     ["a dog runs in the snow", "a black dog in snow"],

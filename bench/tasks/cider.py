@@ -1,30 +1,19 @@
 """CIDEr-D (Vedantam, Zitnick, Parikh, CVPR 2015, section 4 and the D variant of the published evaluation).
 
 Words are lower-cased; n-grams of 1 to 4 words are weighted by how rare they are over the references' pictures; a
-candidate's weights are clipped to the reference's; a Gaussian of width 6 punishes a difference in length. Evaluation
-scores captions by it, and training may be rewarded by it.
+candidate's weights are clipped to the reference's; a Gaussian of width 6 punishes a difference in length.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-Ngram = tuple[str, ...]
+from llava_edge.bench.tasks.ngrams import Ngram, ngrams, words
+
 SIGMA = 6.0
 ORDERS = (1, 2, 3, 4)
-
-
-def words(text: str) -> list[str]:
-    """Lower-cased words without punctuation."""
-    return re.findall(r"[a-z0-9']+", text.lower())
-
-
-def ngrams(tokens: Sequence[str], orders: Iterable[int]) -> Counter[Ngram]:
-    """How often each run of words comes."""
-    return Counter(tuple(tokens[i : i + n]) for n in orders for i in range(len(tokens) - n + 1))
 
 
 class CiderD:
