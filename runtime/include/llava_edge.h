@@ -128,10 +128,10 @@ typedef struct llava_edge_model llava_edge_model;
 typedef struct llava_edge_model_params {
     size_t struct_size;   /* set by the init function */
     int32_t n_ctx;        /* context in tokens; 0: the model's own, at most 4096 */
-    int32_t n_threads;    /* threads that compute; 0: one a physical core */
+    int32_t n_threads;    /* threads that compute, at most four a core (or 64); 0: one a physical core */
     int32_t n_gpu_layers; /* layers of the language model on a GPU; -1: all where llama.cpp has a GPU, else none. With
                              0 the vision tower stays on the CPU too */
-    int32_t image_tokens; /* tokens of a picture, 1 or more; 0: the manifest's default */
+    int32_t image_tokens; /* tokens of a picture, or of each of its tiles, 1 or more; 0: the manifest's default */
     int32_t self_check;   /* not 0 (the default): compare the tower with the bundle's probe when it is loaded, which
                              costs the time of one picture */
 } llava_edge_model_params;
@@ -144,9 +144,10 @@ LLAVA_EDGE_API void llava_edge_model_params_init(llava_edge_model_params *params
  *
  * params: NULL for the defaults. model: the new handle; free it with llava_edge_model_free().
  * All files are checked before they are used: the manifest key by key, the two GGUF files up to every shape and offset.
- * Their checksums are not compared; `llava-edge verify` does that.
- * Fails with NOT_FOUND, IO, MODEL_INVALID, MODEL_UNSUPPORTED (anyres bundles, towers that are none of CLIP, SigLIP
- * and DINOv2, bundles without mmproj), SELF_CHECK_FAILED, INVALID_ARGUMENT, OUT_OF_MEMORY. Any thread.
+ * Their checksums are not compared; `llava-edge verify` does that. What llama.cpp refuses for lack of memory can't be
+ * told from what it refuses otherwise, and is MODEL_INVALID too.
+ * Fails with NOT_FOUND, IO, MODEL_INVALID, MODEL_UNSUPPORTED (towers that are none of CLIP, SigLIP and DINOv2,
+ * bundles without mmproj), SELF_CHECK_FAILED, INVALID_ARGUMENT, OUT_OF_MEMORY. Any thread.
  */
 LLAVA_EDGE_API llava_edge_status llava_edge_model_load(const char *directory, const llava_edge_model_params *params,
                                                        llava_edge_model **model);
@@ -169,7 +170,7 @@ LLAVA_EDGE_API int32_t llava_edge_model_n_ctx(const llava_edge_model *model);
 /* Threads that compute. 0 for NULL. */
 LLAVA_EDGE_API int32_t llava_edge_model_n_threads(const llava_edge_model *model);
 
-/* Tokens that a picture takes in the context. 0 for NULL. */
+/* Tokens that a picture takes in the context, or each of its tiles where the model looks at tiles. 0 for NULL. */
 LLAVA_EDGE_API int32_t llava_edge_model_image_tokens(const llava_edge_model *model);
 
 /* ---- Sessions ------------------------------------------------------------------------------------------------- */
@@ -205,7 +206,7 @@ typedef struct llava_edge_generate_params {
     size_t n_stop;           /* how many; at most 64 */
 } llava_edge_generate_params;
 
-/* What became of an answer. The pointers stay valid until the next call on the session that changes it. */
+/* What became of an answer. The pointers stay valid until the next call on the session that succeeds in changing it. */
 typedef struct llava_edge_result {
     size_t struct_size;       /* set by the init function */
     const char *text;         /* the whole answer */
@@ -227,7 +228,8 @@ LLAVA_EDGE_API void llava_edge_result_init(llava_edge_result *result);
 
 /*
  * Called after each token with the text that is sure now to belong to the answer: whole characters, often none.
- * `text` ends with a zero byte and is valid during the call. Return 0 to go on, anything else to end the answer.
+ * `text` ends with a zero byte and is valid during the call. Return 0 to go on, anything else to end the answer. It must
+ * not free the session, and calls on the model's sessions other than llava_edge_session_stop() fail with BUSY.
  */
 typedef int (*llava_edge_token_callback)(const char *text, size_t length, void *user_data);
 
@@ -248,8 +250,8 @@ LLAVA_EDGE_API const char *llava_edge_session_last_error(const llava_edge_sessio
 
 /*
  * Add a picture to the next question; its pictures stand before its text, in the order of the calls. The picture is
- * read now and the vision tower runs in llava_edge_session_generate(), once for each picture that the model's sessions
- * have not seen before. Limits: 40 megapixels (200 for a JPEG of one scan, which is decoded at a smaller size then;
+ * read now and the vision tower runs in llava_edge_session_generate(), not again for a picture that the model's sessions
+ * have seen lately. Limits: 40 megapixels (200 for a JPEG of one scan, which is decoded at a smaller size then;
  * progressive ones have several), an aspect of 50:1, files of 256 MiB. EXIF's orientation is applied; transparency
  * shows the manifest's pad colour.
  *
@@ -370,7 +372,7 @@ LLAVA_EDGE_API llava_edge_status llava_edge_tower_encode(llava_edge_tower *tower
 /* ---- Advanced: preprocessing ---------------------------------------------------------------------------------- */
 
 /*
- * Resize a picture as Pillow's BICUBIC does, bit for bit. Both have 8 bits a channel, R G B; strides are bytes from row
+ * Resize a picture as the BICUBIC of Pillow 13 does, bit for bit. Both have 8 bits a channel, R G B; strides are bytes from row
  * to row (0: 3 * width). Fails with INVALID_ARGUMENT, IMAGE_LIMIT, OUT_OF_MEMORY. Any thread.
  */
 LLAVA_EDGE_API llava_edge_status llava_edge_resize(const uint8_t *pixels, int32_t width, int32_t height, size_t stride,

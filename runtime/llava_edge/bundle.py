@@ -85,6 +85,8 @@ class PromptFormat:
     def __post_init__(self) -> None:
         if self.system and self.system.count("{system}") != 1:
             raise InputError(f"system is {self.system!r}; expected exactly one {{system}} in it, or an empty text")
+        if self.default_system and not self.system:
+            raise InputError(f"default_system is {self.default_system!r}, and system has no place for it")
         if not all(self.stop):
             raise InputError("stop holds an empty text")
 

@@ -157,6 +157,8 @@ def _check_llm(header: Header) -> None:
         if n_head and (n_kv > n_head or (n_kv and n_head % n_kv)):
             problem = f"is {n_kv} in layer {layer}; expected a divisor of the {n_head} heads"
             raise header.error(f"{arch}.attention.head_count_kv", problem)
+    if arch in CHECKED_ARCHITECTURES:
+        _check_one_for_all(header, arch, width, heads, kv_heads)
     _check_experts(header, arch, layers)
     _check_rope(header, arch, width, heads[0] if heads else 0)
     for key in ("layer_norm_rms_epsilon", "layer_norm_epsilon"):
@@ -176,6 +178,19 @@ def _per_layer(header: Header, key: str, layers: int, low: int, high: int) -> li
     if not all(low <= value <= high for value in field.value.items):
         raise header.error(key, f"holds a value outside of {low} to {high}")
     return list(field.value.items)
+
+
+def _check_one_for_all(header: Header, arch: str, width: int, heads: list[int], kv_heads: list[int]) -> None:
+    """llama.cpp takes the first layer's heads for all of these models' layers, and its cache each layer's own."""
+    for key, counts in (("head_count", heads), ("head_count_kv", kv_heads)):
+        if len(set(counts)) != 1 or not counts[0]:
+            raise header.error(
+                f"{arch}.attention.{key}", f"is {counts[:8]}; expected one number above 0 for all layers"
+            )
+    per_head = integer(header, f"{arch}.attention.key_length", 1, 8192, required=False) or width // heads[0]
+    if arch != "llama" and per_head * heads[0] != width:
+        problem = f"is {per_head} for {heads[0]} heads; expected the width, {width}, of all together"
+        raise header.error(f"{arch}.attention.key_length", problem)
 
 
 def _check_experts(header: Header, arch: str, layers: int) -> None:
@@ -236,6 +251,8 @@ def _check_vocabulary(header: Header) -> None:
         raise header.error(tokens_key, "holds a token twice")
     if not all(tokens):
         raise header.error(tokens_key, f"holds an empty text at {tokens.index(b'')}")
+    if any(b"\0" in token for token in tokens):  # llama.cpp reads up to it, so that two tokens could be one
+        raise header.error(tokens_key, "holds a text with a zero byte")
     types = _of_each_token(header, "tokenizer.ggml.token_type", (INT32,), len(tokens))
     _of_each_token(header, "tokenizer.ggml.scores", (FLOAT32, INT32), len(tokens))
     if _BYTE_TYPE in types:

@@ -264,11 +264,10 @@ llava_edge_status llava_edge_model_load(const char * directory, const llava_edge
         require(model != nullptr, "model is NULL");
         const auto p = taken(params, llava_edge_model_params_init, "params");
         in_range("n_ctx", p.n_ctx, 0, 1 << 27);
-        in_range("n_threads", p.n_threads, 0, 1024);
+        in_range("n_threads", p.n_threads, 0, max_threads());
         in_range("n_gpu_layers", p.n_gpu_layers, -1, INT32_MAX);
         in_range("image_tokens", p.image_tokens, 0, INT32_MAX);
-        take_llama_log();
-        llama_backend_init();
+        start_llama();
         *model = new llava_edge_model{ { directory, p }, {} };
     });
 }
@@ -403,6 +402,9 @@ llava_edge_status llava_edge_session_generate(llava_edge_session * session, cons
             in_range<size_t>("result.struct_size", result->struct_size, sizeof(size_t), 4096);
         }
         const Answering answering(s, call);
+        if (s.model.stop.wanted()) {  // while it waited for its turn
+            fail(LLAVA_EDGE_STOPPED, "the answer was stopped before it began");
+        }
         const Answer &  answer = s.generate(p, [&](const std::string & text) {
             return callback == nullptr || callback(text.c_str(), text.size(), user_data) == 0;
         });
@@ -468,9 +470,8 @@ llava_edge_status llava_edge_tower_load(const char * path, const llava_edge_towe
         require(path != nullptr, "path is NULL");
         require(tower != nullptr, "tower is NULL");
         const auto p = taken(params, llava_edge_tower_params_init, "params");
-        in_range("n_threads", p.n_threads, 0, 1024);
-        take_llama_log();
-        llama_backend_init();
+        in_range("n_threads", p.n_threads, 0, max_threads());
+        start_llama();
         *tower = new llava_edge_tower{ { path, p.n_threads != 0 ? p.n_threads : default_threads(), p.use_gpu != 0 } };
     });
 }
@@ -509,8 +510,10 @@ llava_edge_status llava_edge_resize(const uint8_t * pixels, int32_t width, int32
                                     int32_t new_width, int32_t new_height, size_t new_stride) {
     return guarded(nullptr, [&] {
         require(pixels != nullptr && to != nullptr, "pixels or resized is NULL");
+        require(width > 0 && height > 0 && new_width > 0 && new_height > 0, "a width or height is below 1");
         check_image_size(width, height);
         check_image_size(new_width, new_height);
+        check_image_size(new_width, height);  // on the way from one to the other
         check_stride("stride", &stride, width);
         check_stride("new_stride", &new_stride, new_width);
         const Image  done = resized(copy_rgb(pixels, width, height, stride), new_width, new_height);

@@ -11,12 +11,13 @@
 #include "error.h"
 #include "half.h"
 #include "json.h"
+#include "sha256.h"
 
 namespace llava_edge {
 
 namespace {
 
-constexpr uint64_t MAX_MANIFEST_BYTES = 16 * 1024 * 1024;
+constexpr uint64_t MAX_MANIFEST_BYTES = 2 * 1024 * 1024;
 constexpr int64_t  BIG                = int64_t(1) << 31;
 
 // A path of plain names that stays inside the bundle.
@@ -75,6 +76,7 @@ PromptFormat read_prompt(Fields f) {
     p.turn_end         = f.text("turn_end");
     p.stop             = f.texts("stop");
     p.image_suffix     = f.text("image_suffix");
+    p.text_prefix      = f.has("text_prefix") ? f.text("text_prefix") : "";
     f.finish();
     const size_t first = p.system.find("{system}");
     if (!p.system.empty() && (first == std::string::npos || p.system.find("{system}", first + 1) != std::string::npos)) {
@@ -87,6 +89,34 @@ PromptFormat read_prompt(Fields f) {
         f.wrong("stop", "holds an empty text");
     }
     return p;
+}
+
+constexpr std::array<std::pair<std::string_view, FitMode>, 4> FIT_MODES = {
+    { { "pad", FitMode::Pad }, { "crop", FitMode::Crop }, { "squash", FitMode::Squash }, { "anyres", FitMode::Anyres } }
+};
+// Of anyres, as in llava_edge/types.py.
+constexpr int     MAX_TILES       = 16;       // a side
+constexpr int64_t MAX_GRID_PIXELS = 1 << 24;  // of all tiles together
+constexpr size_t  MAX_GRIDS       = 128;
+
+void read_grid(Fields & f, ImageSpec & spec) {
+    if (f.has("max_tiles")) {
+        spec.max_tiles = static_cast<int>(f.integer("max_tiles", 0, 65536));
+    }
+    const auto pairs = f.has("grid") ? f.integer_lists("grid", 1, MAX_TILES * spec.size) : std::vector<std::vector<int64_t>>();
+    if (pairs.size() > MAX_GRIDS || pairs.empty() == (spec.mode == FitMode::Anyres)) {
+        f.wrong("grid", format("has %zu entries; mode anyres needs 1 to %zu, the others none", pairs.size(), MAX_GRIDS));
+    }
+    if (spec.max_tiles != 0 && spec.mode != FitMode::Anyres) {
+        f.wrong("max_tiles", format("is %d; only mode anyres has tiles", spec.max_tiles));
+    }
+    for (const auto & pair : pairs) {
+        if (pair.size() != 2 || pair[0] % spec.size != 0 || pair[1] % spec.size != 0 || pair[0] * pair[1] > MAX_GRID_PIXELS) {
+            f.wrong("grid", format("has an entry that is no width and height of 1 to %d times size, or more than %lld pixels in all", MAX_TILES,
+                                   (long long) MAX_GRID_PIXELS));
+        }
+        spec.grid.push_back({ static_cast<int>(pair[0]), static_cast<int>(pair[1]) });
+    }
 }
 
 ImageSpec read_image(Fields f) {
@@ -103,13 +133,12 @@ ImageSpec read_image(Fields f) {
     }
     std::copy(color.begin(), color.end(), spec.pad_color.begin());
     const std::string & mode = f.text("mode");
-    if (mode == "anyres") {
-        fail(LLAVA_EDGE_MODEL_UNSUPPORTED, "image.mode is 'anyres': this library does not run models that look at tiles");
-    }
-    if (mode != "pad" && mode != "crop" && mode != "squash") {
+    const auto found = std::find_if(FIT_MODES.begin(), FIT_MODES.end(), [&](const auto & known) { return known.first == mode; });
+    if (found == FIT_MODES.end()) {
         f.wrong("mode", "is " + shown(mode) + "; expected pad, crop, squash or anyres");
     }
-    spec.mode = mode == "pad" ? FitMode::Pad : mode == "crop" ? FitMode::Crop : FitMode::Squash;
+    spec.mode = found->second;
+    read_grid(f, spec);
     f.finish();
     return spec;
 }
@@ -244,6 +273,9 @@ Bundle open_bundle(const std::string & directory) {
     } catch (const Error & error) {
         fail(error.status, "%s: %s", path.c_str(), error.what());
     }
+    Sha256 hash;
+    hash.add(text.data(), text.size());
+    bundle.digest    = hash.digest();
     bundle.directory = directory;
     for (const BundleFile & file : bundle.files) {
         const std::string full = directory + "/" + file.path;
@@ -260,7 +292,7 @@ uint64_t file_size(const std::string & path) {
     struct stat info;
     if (stat(path.c_str(), &info) != 0) {
         fail(errno == ENOENT || errno == ENOTDIR ? LLAVA_EDGE_NOT_FOUND : LLAVA_EDGE_IO, "can't read %s: %s",
-             path.c_str(), std::strerror(errno));
+             path.c_str(), system_text(errno).c_str());
     }
     if (!S_ISREG(info.st_mode)) {
         fail(LLAVA_EDGE_IO, "%s is not a file", path.c_str());
@@ -275,7 +307,7 @@ std::string read_file(const std::string & path, uint64_t limit, llava_edge_statu
     }
     const std::unique_ptr<FILE, int (*)(FILE *)> file(std::fopen(path.c_str(), "rb"), std::fclose);
     if (!file) {
-        fail(LLAVA_EDGE_IO, "can't read %s: %s", path.c_str(), std::strerror(errno));
+        fail(LLAVA_EDGE_IO, "can't read %s: %s", path.c_str(), system_text(errno).c_str());
     }
     std::string text(size, '\0');
     if (std::fread(text.data(), 1, text.size(), file.get()) != text.size()) {

@@ -18,18 +18,24 @@ struct BundleFile {
 
 // The text around a conversation's turns.
 struct PromptFormat {
-    std::string                bos, system, user_prefix, user_suffix, assistant_prefix, turn_end, image_suffix;
+    std::string                bos, system, user_prefix, user_suffix, assistant_prefix, turn_end, image_suffix, text_prefix;
     std::optional<std::string> default_system;
     std::vector<std::string>   stop;
 };
 
-enum class FitMode { Pad, Crop, Squash };
+enum class FitMode { Pad, Crop, Squash, Anyres };
+
+struct Size {
+    int width = 0, height = 0;
+};
 
 // How a vision tower wants its pictures.
 struct ImageSpec {
     int                    size = 0;
     FitMode                mode = FitMode::Pad;
     std::array<uint8_t, 3> pad_color{};
+    std::vector<Size>      grid;           // Anyres: to one of these a picture is fitted and cut into tiles
+    int                    max_tiles = 0;  // Anyres: more than about so many tiles' tokens are scaled down; 0 never does
 };
 
 struct VisualTokens {
@@ -44,6 +50,7 @@ struct Probe {
 
 struct Bundle {
     std::string             directory, name;
+    std::string             digest;  // of the manifest, which holds the files' own
     std::vector<BundleFile> files;
     PromptFormat            prompt;
     ImageSpec               image;

@@ -241,6 +241,11 @@ void Engine::restore_state(const std::vector<uint8_t> & state, int n_past) {
         truncate(0);
         fail(LLAVA_EDGE_STATE_INVALID, "the state of %zu bytes does not belong to this model", state.size());
     }
+    const llama_pos last = llama_memory_seq_pos_max(llama_get_memory(context_.get()), 0);
+    if (last + 1 < n_past) {
+        truncate(0);
+        fail(LLAVA_EDGE_STATE_INVALID, "the state ends at position %d; the conversation has %d", last + 1, n_past);
+    }
     truncate(n_past);
 }
 

@@ -69,7 +69,7 @@ class Engine {
 };
 
 // Point llama.cpp's log at ours, once a process.
-void take_llama_log();
+void start_llama();
 void set_log(llava_edge_log_callback callback, void * user_data);
 void log_line(llava_edge_log_level level, const std::string & line);
 

@@ -1,6 +1,7 @@
 #include "error.h"
 
 #include <cstdio>
+#include <cstring>
 
 namespace llava_edge {
 
@@ -28,6 +29,20 @@ std::string shown(const std::string & text) {
         out += c >= ' ' && c <= '~' ? c : '?';
     }
     return out + (text.size() > 60 ? "...'" : "'");
+}
+
+// strerror_r gives a number or a text, by the C library.
+[[maybe_unused]] static const char * text_of(int status, const char * buffer) {
+    return status == 0 ? buffer : "unknown error";
+}
+
+[[maybe_unused]] static const char * text_of(const char * text, const char *) {
+    return text;
+}
+
+std::string system_text(int error) {
+    char buffer[256] = {};
+    return text_of(strerror_r(error, buffer, sizeof buffer), buffer);
 }
 
 void fail(llava_edge_status status, const char * pattern, ...) {

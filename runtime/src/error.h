@@ -28,6 +28,9 @@ std::string format(const char * pattern, ...) LLAVA_EDGE_PRINTF(1, 2);
 // A text from a file, fit for a message: at most 60 bytes, nothing that is not printable ASCII.
 std::string shown(const std::string & text);
 
+// What an errno means. Unlike strerror, any thread may ask.
+std::string system_text(int error);
+
 [[noreturn]] void fail(llava_edge_status status, const char * pattern, ...) LLAVA_EDGE_PRINTF(2, 3);
 
 }  // namespace llava_edge

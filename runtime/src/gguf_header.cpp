@@ -47,7 +47,7 @@ class Parser {
     explicit Parser(const std::string & path) : size_(file_size(path)), file_(std::fopen(path.c_str(), "rb"), std::fclose) {
         header_.path = path;
         if (!file_) {
-            fail(LLAVA_EDGE_IO, "can't read %s: %s", path.c_str(), std::strerror(errno));
+            fail(LLAVA_EDGE_IO, "can't read %s: %s", path.c_str(), system_text(errno).c_str());
         }
     }
 

@@ -41,13 +41,16 @@ void check_heads(const GgufHeader & header, const std::string & arch, int64_t la
     const auto heads    = per_layer(header, arch + ".attention.head_count", layers, 4096);
     auto       kv_heads = per_layer(header, arch + ".attention.head_count_kv", layers, 4096);
     kv_heads            = kv_heads.empty() ? heads : kv_heads;
-    for (size_t i = 0; i < std::min(heads.size(), kv_heads.size()); i++) {
-        if (heads[i] != 0 && (kv_heads[i] > heads[i] || (kv_heads[i] != 0 && heads[i] % kv_heads[i] != 0))) {
-            header.wrong(arch + ".attention.head_count_kv", "is no divisor of the heads");
-        }
-    }
     if (heads.empty() || heads[0] == 0) {
         header.wrong(arch + ".attention.head_count", "is missing");
+    }
+    // llama.cpp takes the first layer's numbers for all of these models' layers, and its cache each layer's own.
+    if (std::any_of(heads.begin(), heads.end(), [&](int64_t count) { return count != heads[0]; })) {
+        header.wrong(arch + ".attention.head_count", "differs from layer to layer");
+    }
+    if (kv_heads[0] == 0 || heads[0] % kv_heads[0] != 0 ||
+        std::any_of(kv_heads.begin(), kv_heads.end(), [&](int64_t count) { return count != kv_heads[0]; })) {
+        header.wrong(arch + ".attention.head_count_kv", "is no divisor of the heads, or differs from layer to layer");
     }
     const int64_t per_head = width / heads[0];
     const int64_t key      = header.integer(arch + ".attention.key_length", 1, 8192, per_head);
@@ -55,6 +58,9 @@ void check_heads(const GgufHeader & header, const std::string & arch, int64_t la
     const int64_t rotated  = header.integer(arch + ".rope.dimension_count", 1, 8192, key);
     if (key != value || key != rotated || key % 2 != 0) {
         header.wrong(arch + ".attention.key_length", "differs from value_length or rope.dimension_count, or is odd");
+    }
+    if (arch == "qwen2" && key * heads[0] != width) {
+        header.wrong(arch + ".attention.key_length", "times the heads is not the width");
     }
 }
 
@@ -111,6 +117,10 @@ void check_vocabulary(const GgufHeader & header) {
     if (known.size() != listed->texts.size() || known.count("") != 0) {
         header.wrong(key, "holds a token twice, or an empty text");
     }
+    // llama.cpp reads up to a zero byte, so that two tokens could be one.
+    if (std::any_of(known.begin(), known.end(), [](const std::string & token) { return token.find('\0') != std::string::npos; })) {
+        header.wrong(key, "holds a text with a zero byte");
+    }
     for (const char * name : { "tokenizer.ggml.token_type", "tokenizer.ggml.scores" }) {
         const GgufField * field = header.find(name);
         const bool        right = field == nullptr || (field->kind == GGUF_ARRAY && field->numbers.size() == listed->texts.size() &&
@@ -152,6 +162,8 @@ void check_llm(const GgufHeader & header) {
         fail(LLAVA_EDGE_MODEL_UNSUPPORTED, "%s is a mixture of experts, which this library does not run", header.path.c_str());
     }
     per_layer(header, arch + ".expert_used_count", layers, 0);
+    header.integer(arch + ".expert_group_count", 0, 0, 0);
+    header.integer(arch + ".expert_group_used_count", 0, 0, 0);
     per_layer(header, arch + ".feed_forward_length", layers, MAX_WIDTH);
     check_heads(header, arch, layers, width);
     check_rope(header, arch);

@@ -38,8 +38,14 @@ int exif_orientation(const uint8_t * data, size_t size);
 
 const char * image_formats();
 
-// Pillow's resize(..., BICUBIC).
+// Pillow 13's resize(..., BICUBIC).
 Image resized(const Image & image, int width, int height);
+
+// Lay a picture into a larger one.
+void paste(Image & canvas, const Image & image, int left, int top);
+
+// A square of a picture.
+Image cropped(const Image & image, int left, int top, int side);
 
 // The tower's square: `fit` of llava_edge/images.py.
 Image fitted(Image image, const ImageSpec & spec);

@@ -340,15 +340,30 @@ int64_t Fields::integer(const char * key, int64_t low, int64_t high) {
     return value;
 }
 
-std::vector<int64_t> Fields::integers(const char * key, int64_t low, int64_t high) {
+std::vector<int64_t> Fields::whole_numbers(const char * key, const Json & list, int64_t low, int64_t high) const {
     std::vector<int64_t> values;
-    for (const Json & item : get(key, Json::Kind::List, "a list").list) {
+    for (const Json & item : list.list) {
         if (item.kind != Json::Kind::Integer || item.integer < low || item.integer > high) {
             wrong(key, format("holds something else than whole numbers from %lld to %lld", (long long) low, (long long) high));
         }
         values.push_back(item.integer);
     }
     return values;
+}
+
+std::vector<int64_t> Fields::integers(const char * key, int64_t low, int64_t high) {
+    return whole_numbers(key, get(key, Json::Kind::List, "a list"), low, high);
+}
+
+std::vector<std::vector<int64_t>> Fields::integer_lists(const char * key, int64_t low, int64_t high) {
+    std::vector<std::vector<int64_t>> lists;
+    for (const Json & item : get(key, Json::Kind::List, "a list").list) {
+        if (item.kind != Json::Kind::List) {
+            wrong(key, "holds something else than lists");
+        }
+        lists.push_back(whole_numbers(key, item, low, high));
+    }
+    return lists;
 }
 
 std::vector<double> Fields::numbers(const char * key, size_t length) {

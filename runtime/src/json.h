@@ -42,6 +42,7 @@ class Fields {
     const std::string &  text(const char * key);
     int64_t              integer(const char * key, int64_t low, int64_t high);
     std::vector<int64_t> integers(const char * key, int64_t low, int64_t high);
+    std::vector<std::vector<int64_t>> integer_lists(const char * key, int64_t low, int64_t high);
     std::vector<double>  numbers(const char * key, size_t length);
     std::vector<std::string> texts(const char * key);
     Fields               object(const char * key);
@@ -50,7 +51,8 @@ class Fields {
     [[noreturn]] void wrong(const char * key, const std::string & problem) const;
 
   private:
-    const Json & get(const char * key, Json::Kind kind, const char * words);
+    const Json &         get(const char * key, Json::Kind kind, const char * words);
+    std::vector<int64_t> whole_numbers(const char * key, const Json & list, int64_t low, int64_t high) const;
 
     const Json &          value_;
     std::string           where_;

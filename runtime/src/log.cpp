@@ -31,9 +31,12 @@ static_assert(int(GGML_LOG_LEVEL_DEBUG) == LLAVA_EDGE_LOG_DEBUG && int(GGML_LOG_
                   int(GGML_LOG_LEVEL_WARN) == LLAVA_EDGE_LOG_WARNING && int(GGML_LOG_LEVEL_ERROR) == LLAVA_EDGE_LOG_ERROR,
               "the levels have llama.cpp's numbers");
 
-void take_llama_log() {
+void start_llama() {
     static std::once_flag once;
-    std::call_once(once, [] { llama_log_set(on_llama_log, nullptr); });
+    std::call_once(once, [] {
+        llama_log_set(on_llama_log, nullptr);
+        llama_backend_init();
+    });
 }
 
 void set_log(llava_edge_log_callback callback, void * data) {

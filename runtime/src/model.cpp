@@ -4,6 +4,7 @@
 
 #include "sha256.h"
 #include "threads.h"
+#include "tower_file.h"
 
 namespace llava_edge {
 
@@ -20,7 +21,7 @@ int threads_of(const llava_edge_model_params & params) {
 int tokens_of(const Bundle & bundle, int wanted) {
     const VisualTokens & tokens = bundle.visual_tokens;
     const int            count  = wanted != 0 ? wanted : tokens.standard;
-    if (!is_pooled_count(tokens.rows, tokens.columns, count)) {
+    if (pooled_cell(tokens.rows, tokens.columns, count) == 0) {
         fail(LLAVA_EDGE_INVALID_ARGUMENT, "image_tokens is %d; %s can't pool its grid of %d x %d to that", count, bundle.name.c_str(),
              tokens.rows, tokens.columns);
     }
@@ -39,6 +40,7 @@ Model::Model(const std::string & directory, const llava_edge_model_params & para
     check_tower();
     for (const size_t number : { 0, 1 }) {
         tokenizer.learn(turn_segments(bundle.prompt, number, { "picture" }, "?", std::nullopt));
+        tokenizer.learn(turn_segments(bundle.prompt, number, {}, "?", std::nullopt));
     }
     tokenizer.stop_tokens(bundle.prompt.stop, stop_ids, stop_texts);
     if (params.self_check != 0 && bundle.probe) {
@@ -54,6 +56,9 @@ void Model::check_tower() const {
     if (tower.image_size() != bundle.image.size || tower.n_tokens() != bundle.visual_tokens.full) {
         fail(LLAVA_EDGE_MODEL_INVALID, "%s reads %d pixels a side and makes %d tokens; the manifest says %d and %d",
              bundle.path("mmproj").c_str(), tower.image_size(), tower.n_tokens(), bundle.image.size, bundle.visual_tokens.full);
+    }
+    if (bundle.image.mode == FitMode::Anyres && tower.newline().empty()) {
+        fail(LLAVA_EDGE_MODEL_INVALID, "%s has no tensor %s, which ends the rows of tiles", bundle.path("mmproj").c_str(), NEWLINE);
     }
 }
 
@@ -76,8 +81,16 @@ Embeddings Model::encode(const Picture & picture) {
             return it->second;
         }
     }
-    auto       whole = tower.encode(picture.image.rgb.data(), size_t(picture.image.width) * 3);
-    const auto found = std::make_shared<const std::vector<float>>(pool(whole, bundle.visual_tokens.rows, bundle.visual_tokens.columns, image_tokens));
+    const VisualTokens &            tokens = bundle.visual_tokens;
+    std::vector<std::vector<float>> parts;
+    for (const Image & part : picture.parts) {
+        parts.push_back(pool(tower.encode(part.rgb.data(), size_t(part.width) * 3), tokens.rows, tokens.columns, image_tokens));
+    }
+    if (bundle.image.mode == FitMode::Anyres) {
+        const int cell = pooled_cell(tokens.rows, tokens.columns, image_tokens);
+        parts[0] = assemble(parts, tokens.rows / cell, tokens.columns / cell, picture.layout, bundle.image.max_tiles, tower.newline());
+    }
+    const auto found = std::make_shared<const std::vector<float>>(std::move(parts[0]));
     remember(picture.key, found);
     return found;
 }
@@ -96,10 +109,7 @@ void Model::remember(const std::string & key, const Embeddings & embeddings) {
 
 std::string Model::fingerprint() const {
     Sha256 hash;
-    for (const BundleFile & file : bundle.files) {
-        const std::string entry = file.role + " " + file.sha256 + "\n";
-        hash.add(entry.data(), entry.size());
-    }
+    hash.add(bundle.digest.data(), bundle.digest.size());
     const std::string settings = format("%d %d %s %s", image_tokens, engine.n_gpu_layers, llama_version(), llava_edge_version());
     hash.add(settings.data(), settings.size());
     return hash.digest();

@@ -16,14 +16,16 @@
 #include "prompt.h"
 #include "sampler.h"
 #include "text_stream.h"
+#include "tiles.h"
 #include "tower.h"
 
 namespace llava_edge {
 
-// A picture of the tower's size, by the hash of its content; encoded when it is needed.
+// A picture by the hash of its content, encoded when it is needed: one of the tower's size, or the whole and its tiles.
 struct Picture {
-    std::string key;
-    Image       image;
+    std::string        key;
+    std::vector<Image> parts;
+    Layout             layout;
 };
 
 class Model {

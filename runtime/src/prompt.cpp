@@ -6,6 +6,9 @@ namespace llava_edge {
 
 namespace {
 
+// Names of special tokens that are cut out of one text, each within what the last cut left.
+constexpr int MAX_CUTS = 256;
+
 constexpr const char * BLANKS = " \t\n\r\v\f\x1c\x1d\x1e\x1f";
 
 std::string lowered(std::string text) {
@@ -90,6 +93,9 @@ std::vector<Segment> turn_segments(const PromptFormat & format, size_t number, c
         segments.push_back({ Segment::Kind::Image, image, {} });
         scaffold(format.image_suffix);
     }
+    if (images.empty() && !format.text_prefix.empty()) {
+        scaffold(format.text_prefix);
+    }
     segments.push_back({ Segment::Kind::User, question, {} });
     scaffold(format.user_suffix);
     scaffold(format.assistant_prefix);
@@ -167,7 +173,7 @@ void PromptTokenizer::stop_tokens(const std::vector<std::string> & stop, std::ve
     }
 }
 
-std::vector<llama_token> PromptTokenizer::plain(const std::string & text) {
+std::vector<llama_token> PromptTokenizer::plain(const std::string & text, int depth) {
     if (text.empty()) {
         return {};
     }
@@ -182,14 +188,14 @@ std::vector<llama_token> PromptTokenizer::plain(const std::string & text) {
     std::vector<llama_token> out;
     size_t                   begin = 0;
     for (size_t at = text.find(name); first < name.size() && at != std::string::npos; at = text.find(name, at + name.size())) {
-        const auto some = plain(text.substr(begin, at + first - begin));
+        const auto some = plain(text.substr(begin, at + first - begin), depth + 1);
         out.insert(out.end(), some.begin(), some.end());
         begin = at + first;
     }
-    if (begin == 0) {
+    if (begin == 0 || depth == MAX_CUTS) {
         fail(LLAVA_EDGE_INVALID_ARGUMENT, "the text can't be written without the special token %s", shown(name).c_str());
     }
-    const auto rest = plain(text.substr(begin));
+    const auto rest = plain(text.substr(begin), depth + 1);
     out.insert(out.end(), rest.begin(), rest.end());
     return out;
 }

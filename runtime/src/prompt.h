@@ -45,7 +45,7 @@ class PromptTokenizer {
     // Divide what ends an answer into special tokens and texts.
     void stop_tokens(const std::vector<std::string> & stop, std::vector<llama_token> & ids, std::vector<std::string> & texts);
     // Tokens of text that is taken by the letter: none of them is a special token.
-    std::vector<llama_token> plain(const std::string & text);
+    std::vector<llama_token> plain(const std::string & text) { return plain(text, 0); }
 
   private:
     struct Part {  // plain text, or a special token
@@ -55,6 +55,7 @@ class PromptTokenizer {
 
     const std::vector<Part> & parse(const std::string & scaffold);
     void                      add_run(std::vector<Part> & parts, std::vector<Unit> & units);
+    std::vector<llama_token>  plain(const std::string & text, int depth);
     bool                      is_structural(llama_token token);
 
     const Engine &                           engine_;

@@ -30,12 +30,21 @@ bool is_blank(const std::string & text) {
 }  // namespace
 
 void Session::add_image(Image image) {
-    Image             square = fitted(std::move(image), model.bundle.image);
+    const ImageSpec & spec = model.bundle.image;
+    if (spec.mode != FitMode::Anyres) {
+        image = fitted(std::move(image), spec);
+    }
     Sha256            hash;
-    const std::string head = format("RGB %d %d ", square.width, square.height);
+    const std::string head = format("RGB %d %d ", image.width, image.height);
     hash.add(head.data(), head.size());
-    hash.add(square.rgb.data(), square.rgb.size());
-    pending_.push_back({ hash.digest(), std::move(square) });
+    hash.add(image.rgb.data(), image.rgb.size());
+    Picture picture{ hash.digest(), {}, {} };
+    if (spec.mode == FitMode::Anyres) {
+        picture.parts = split(image, spec, picture.layout);
+    } else {
+        picture.parts.push_back(std::move(image));
+    }
+    pending_.push_back(std::move(picture));
 }
 
 void Session::add_text(llava_edge_role role, const std::string & text) {
@@ -78,7 +87,8 @@ Turn Session::prepare(Clock::time_point started) {
 }
 
 const Answer & Session::generate(const GenerateParams & params, const std::function<bool(const std::string &)> & show) {
-    const auto started = Clock::now();
+    const auto started  = Clock::now();
+    Answer     previous = std::move(answer);  // its text is still the caller's if this fails
     try {
         Turn       turn    = prepare(started);
         const auto encoded = Clock::now();
@@ -95,7 +105,7 @@ const Answer & Session::generate(const GenerateParams & params, const std::funct
         }
         return answer;
     } catch (...) {
-        answer = {};
+        answer = std::move(previous);
         throw;
     }
 }

@@ -1,5 +1,6 @@
 // A session in a file: what belongs to which model, turns, embeddings, the KV cache's state, and a checksum of it all.
 
+#include <atomic>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -83,7 +84,8 @@ std::string sha256(std::string_view bytes) {
 
 // Under a temporary name first: a kill at any moment leaves the old file or the new one.
 void write_file(const std::string & path, const std::string & bytes) {
-    const std::string temporary = path + format(".%ld.tmp", static_cast<long>(getpid()));
+    static std::atomic<unsigned> count{ 0 };  // of files, for calls that run at once
+    const std::string temporary = path + format(".%ld-%u.tmp", static_cast<long>(getpid()), count++);
     const int         file      = open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0600);
     bool              written   = file >= 0;
     for (size_t at = 0; written && at < bytes.size();) {
@@ -104,7 +106,7 @@ void write_file(const std::string & path, const std::string & bytes) {
     if (file >= 0) {
         std::remove(temporary.c_str());
     }
-    fail(LLAVA_EDGE_IO, "can't write %s: %s", path.c_str(), std::strerror(problem));
+    fail(LLAVA_EDGE_IO, "can't write %s: %s", path.c_str(), system_text(problem).c_str());
 }
 
 }  // namespace
@@ -163,7 +165,10 @@ void Session::load(const std::string & path) {
     for (uint64_t i = 0; i < n_pictures; i++) {
         const std::string key  = r.text();
         auto              rows = std::make_shared<const std::vector<float>>(r.items<float>());
-        if (key.empty() || rows->size() != size_t(model.image_tokens) * size_t(model.engine.n_embd)) {
+        const size_t one = size_t(model.image_tokens) * size_t(model.engine.n_embd);  // tiles add to it
+        const bool   fits =
+            model.bundle.image.mode == FitMode::Anyres ? rows->size() >= one && rows->size() % size_t(model.engine.n_embd) == 0 : rows->size() == one;
+        if (key.empty() || !fits) {
             fail(LLAVA_EDGE_STATE_INVALID, "%s is damaged: a picture has %zu numbers", path.c_str(), rows->size());
         }
         table[key] = std::move(rows);

@@ -66,4 +66,8 @@ int default_threads() {
 
 #endif
 
+int max_threads() {
+    return static_cast<int>(std::clamp(4 * std::thread::hardware_concurrency(), 64u, 1024u));
+}
+
 }  // namespace llava_edge

@@ -234,27 +234,28 @@ int Tower::n_embd() const {
     return impl_->shape.projector.back();
 }
 
+const std::vector<float> & Tower::newline() const {
+    return impl_->weights.newline;
+}
+
 std::vector<float> Tower::encode(const uint8_t * pixels, size_t stride) {
     return impl_->encode(pixels, stride);
 }
 
-bool is_pooled_count(int rows, int columns, int count) {
+int pooled_cell(int rows, int columns, int count) {
     for (int cell = 1; cell <= std::min(rows, columns); cell++) {
         if (rows % cell == 0 && columns % cell == 0 && rows / cell * (columns / cell) == count) {
-            return true;
+            return cell;
         }
     }
-    return false;
+    return 0;
 }
 
 std::vector<float> pool(const std::vector<float> & embeddings, int rows, int columns, int count) {
     if (count == rows * columns) {
         return embeddings;
     }
-    int cell = 1;
-    while (rows / cell * (columns / cell) != count || rows % cell != 0 || columns % cell != 0) {
-        cell++;
-    }
+    const int          cell = pooled_cell(rows, columns, count);
     const size_t       width = embeddings.size() / (size_t(rows) * size_t(columns));
     std::vector<float> pooled(size_t(count) * width, 0.0f);
     for (int row = 0; row < rows; row++) {

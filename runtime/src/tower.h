@@ -22,6 +22,9 @@ class Tower {
     int n_tokens() const;
     int n_embd() const;
 
+    // What ends a row of tiles [n_embd]; empty where the file has none.
+    const std::vector<float> & newline() const;
+
     // Embeddings [n_tokens, n_embd] of a picture of the tower's size.
     std::vector<float> encode(const uint8_t * pixels, size_t stride);
 
@@ -33,8 +36,8 @@ class Tower {
 // Averages square cells of a grid of embeddings: [rows * columns, width] to [count, width], as NumPy sums them.
 std::vector<float> pool(const std::vector<float> & embeddings, int rows, int columns, int count);
 
-// Whether pooling can give this count.
-bool is_pooled_count(int rows, int columns, int count);
+// The side of the squares of which `count` cover the grid; 0 if pooling can't give this count.
+int pooled_cell(int rows, int columns, int count);
 
 // Mean cosine of the probe's rows to what they should be; 0 where nothing can be compared.
 double probe_cosine(const Probe & probe, const std::vector<float> & embeddings, int width);

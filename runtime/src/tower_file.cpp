@@ -13,6 +13,8 @@ constexpr int MAX_PATCHES = 4096;
 constexpr int MAX_LAYERS  = 16;
 // Scores of one block's attention, which are in memory at once: 16 heads on the most patches and a class token.
 constexpr int64_t MAX_SCORES = (1 << 28) + (1 << 20);
+// The widest of what passes through the tower, which is in memory at once.
+constexpr int64_t MAX_NUMBERS = 1 << 27;
 // F32, F16, Q4_0 to Q8_0, the K types, IQ4_NL, IQ4_XS, BF16
 const std::set<uint32_t> MATRIX_TYPES = { 0, 1, 2, 3, 6, 7, 8, 10, 11, 12, 13, 14, 20, 23, 30 };
 
@@ -186,6 +188,14 @@ TowerShape check_tower(const GgufHeader & h) {
     }
     check_blocks(h, s);
     check_projector(h, s);
+    const int64_t widest = std::max({ 3 * s.width, s.feed_forward, *std::max_element(s.projector.begin(), s.projector.end()) });
+    if (widest * tokens > MAX_NUMBERS) {
+        h.wrong("the tower", format("is up to %lld wide with %d patches; that would take more than %lld numbers", (long long) widest,
+                                    s.patches(), (long long) MAX_NUMBERS));
+    }
+    if (h.tensor(NEWLINE) != nullptr) {
+        check_vector(h, NEWLINE, s.projector.back());
+    }
     return s;
 }
 

@@ -8,6 +8,9 @@
 
 namespace llava_edge {
 
+// What ends a row of tiles, in files of models that look at tiles.
+constexpr const char * NEWLINE = "v.image_newline";
+
 // Shapes: W width, F width of the feed-forward layers, P patches, D width of the language model's embeddings.
 struct TowerShape {
     int              image_size = 0, patch_size = 0, width = 0, feed_forward = 0, blocks = 0, heads = 0;

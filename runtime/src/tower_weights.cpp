@@ -62,7 +62,7 @@ Buffer allocate(ggml_context * context, ggml_backend_buffer_type_t type) {
 void TowerWeights::load(const GgufHeader & header, const TowerShape & shape, ggml_backend_t backend, bool repack) {
     const File file(std::fopen(header.path.c_str(), "rb"), std::fclose);
     if (!file) {
-        fail(LLAVA_EDGE_IO, "can't read %s: %s", header.path.c_str(), std::strerror(errno));
+        fail(LLAVA_EDGE_IO, "can't read %s: %s", header.path.c_str(), system_text(errno).c_str());
     }
     file_              = file.get();
     header_            = &header;
@@ -103,6 +103,12 @@ void TowerWeights::load(const GgufHeader & header, const TowerShape & shape, ggm
     repacked_buffer_ = allocate(repacked_.get(), packing);
     for (const Part & part : parts_) {
         read(file.get(), part);
+    }
+    if (const GgufTensor * entry = header.tensor(NEWLINE)) {
+        uint32_t   type  = 0;
+        const auto bytes = read_bytes(file.get(), { nullptr, { NEWLINE }, entry->n_bytes }, &type);
+        newline.resize(bytes.size() / sizeof(float));
+        std::memcpy(newline.data(), bytes.data(), newline.size() * sizeof(float));
     }
     parts_  = {};
     file_   = nullptr;

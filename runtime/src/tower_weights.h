@@ -39,6 +39,7 @@ class TowerWeights {
     std::vector<Block>  blocks;
     std::vector<Linear> projector;
     std::vector<Norm>   projector_norms;
+    std::vector<float>  newline;  // on no device: it goes to the language model as it is
 
   private:
     struct Part {  // a tensor, and those of the file that it is put together from

@@ -16,7 +16,9 @@ import time
 import zlib
 
 import gguf
+import mutate
 import numpy as np
+import PIL
 import pytest
 from clib import ROOT
 from PIL import Image
@@ -145,7 +147,11 @@ def change(manifest: dict, path: str, value) -> None:
         ("files.0.bytes", 5, MODEL_INVALID, "bytes"),
         ("files.1.role", "llm", MODEL_INVALID, "same role"),
         ("prompt.system", "none", MODEL_INVALID, "prompt.system"),
-        ("image.mode", "anyres", UNSUPPORTED, "anyres"),
+        ("image.mode", "anyres", MODEL_INVALID, "image.grid has 0 entries"),
+        ("image.mode", "tiles", MODEL_INVALID, "image.mode is 'tiles'"),
+        ("image.grid", [[224, 448]], MODEL_INVALID, "the others none"),
+        ("image.grid", 3, MODEL_INVALID, "image.grid is not a list"),
+        ("image.max_tiles", 2, MODEL_INVALID, "image.max_tiles is 2"),
         ("image.size", 0, MODEL_INVALID, "image.size is 0"),
         ("image.pad_color", [1, 2], MODEL_INVALID, "image.pad_color"),
         ("image.size", 336, MODEL_INVALID, "336"),
@@ -218,6 +224,39 @@ def test_swapped_files_are_refused(library, nano):
     assert "general.architecture" in said(library)
 
 
+@pytest.mark.parametrize(
+    ("key", "kind", "value", "words"),
+    [
+        ("llama.expert_group_count", 4, 2, "expert_group_count"),
+        ("llama.attention.head_count_kv", 9, [2, 1], "head_count_kv"),
+        ("llama.attention.head_count", 9, [4, 2], "head_count"),
+        ("tokenizer.ggml.tokens", 9, b"a\0x", "zero byte"),
+    ],
+)
+def test_a_language_model_that_would_abort_llama_cpp_is_refused(
+    library, bundle, nano, make_llm, key, kind, value, words
+):
+    parts = mutate.parse(make_llm().read_bytes())
+    if isinstance(value, bytes):
+        next(entry for entry in parts.entries if entry.key == key.encode()).value[9] = value
+    else:
+        parts.entries = [entry for entry in parts.entries if entry.key != key.encode()]
+        parts.entries.append(mutate.Entry(key.encode(), kind, value, 4 if kind == 9 else None))
+    (bundle / "tiny.gguf").write_bytes(mutate.build(parts))
+    manifest = manifest_of(nano)
+    entry = next(entry for entry in manifest["files"] if entry["role"] == "llm")
+    entry.update(path="tiny.gguf", bytes=(bundle / "tiny.gguf").stat().st_size)
+    (bundle / "llava-edge.json").write_text(json.dumps(manifest))
+    assert load(library, bundle) == MODEL_INVALID
+    assert words in said(library)
+
+
+def test_a_projector_that_takes_too_much_memory_is_refused(library, tmp_path):
+    wide = Shape(width=32, hidden=32, heads=1, blocks=1, image=256, patch=4, layers=(1,), out=1 << 15, projector=1)
+    assert load_tower(library, write(tmp_path / "wide.gguf", wide, Type.F16)) == MODEL_INVALID
+    assert "4096 patches" in said(library)
+
+
 def test_attention_that_takes_too_much_memory_is_refused(library, tmp_path):
     large = Shape(width=64, hidden=32, heads=64, blocks=1, image=256, patch=4, layers=(1,))
     assert load_tower(library, write(tmp_path / "large.gguf", large, Type.F16)) == MODEL_INVALID
@@ -273,6 +312,19 @@ def test_mutated_manifests_give_statuses_only(library, bundle, nano):
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (50, 1), (300, 200), (224, 224), (1000, 20), (641, 777)])
 @pytest.mark.parametrize("target", [(224, 224), (336, 336), (1, 1), (31, 500)])
 def test_resizing_is_pillows(library, size, target):
+    compare_with_pillow(library, size, target)
+
+
+@pytest.mark.skipif(int(PIL.__version__.split(".")[0]) < 13, reason="older ones always begin with the width")
+@pytest.mark.parametrize(
+    ("size", "target"),
+    [((40, 70), (56, 56)), ((20, 300), (56, 56)), ((100, 101), (80, 59)), ((100, 101), (80, 61)), ((30, 99), (31, 99))],
+)
+def test_resizing_takes_width_and_height_in_pillows_order(library, size, target):
+    compare_with_pillow(library, size, target)
+
+
+def compare_with_pillow(library, size, target):
     pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3)).astype(np.uint8)
     expected = np.asarray(Image.fromarray(pixels).resize(target, Image.Resampling.BICUBIC))
     found = np.zeros_like(expected)
@@ -280,6 +332,13 @@ def test_resizing_is_pillows(library, size, target):
     status = library.llava_edge_resize(pixels.ctypes.data_as(ctypes.c_void_p), *size, tight, into, *target, tight)
     assert status == OK
     assert np.array_equal(found, expected)
+
+
+def test_resizing_over_a_picture_that_is_too_large_is_refused(library):
+    pixel = (ctypes.c_uint8 * 3)()
+    tight = ctypes.c_size_t(0)
+    assert library.llava_edge_resize(pixel, 895, 44690, tight, pixel, 44690, 895, tight) == IMAGE_LIMIT
+    assert library.llava_edge_resize(pixel, 0, 1, tight, pixel, 1, 1, tight) == INVALID_ARGUMENT
 
 
 def add_bytes(library, session, data: bytes) -> int:
@@ -401,6 +460,38 @@ def test_a_stop_reaches_an_answer_that_waits_for_its_turn(library, model, sessio
     # The next answer is none that was stopped.
     assert library.llava_edge_session_generate(other, None, None, None, None) == OK
     library.llava_edge_session_free(other)
+
+
+def test_a_question_that_fails_leaves_the_last_answer_to_be_read(library, session):
+    class Result(ctypes.Structure):
+        _fields_ = (("struct_size", ctypes.c_size_t), ("text", ctypes.c_char_p), ("rest", ctypes.c_uint8 * 80))
+
+    result = Result()
+    library.llava_edge_result_init(ctypes.byref(result))
+    assert library.llava_edge_session_add_text(session, 1, b"What is a cat?") == OK
+    assert library.llava_edge_session_generate(session, None, None, None, ctypes.byref(result)) == OK
+    text = bytes(result.text)
+    assert text
+    assert library.llava_edge_session_generate(session, None, None, None, None) == INVALID_ARGUMENT
+    assert ask(library, session, "many words " * 2000) == CONTEXT_FULL
+    assert ctypes.string_at(ctypes.cast(result.text, ctypes.c_void_p)) == text
+
+
+def test_a_session_of_another_prompt_format_is_refused(library, session, bundle, nano, tmp_path):
+    assert ask(library, session, "What is a cat?") == OK
+    path = str(tmp_path / "chat.session").encode()
+    assert library.llava_edge_session_save(session, path) == OK
+    manifest = manifest_of(nano)
+    manifest["prompt"]["user_prefix"] = "<|im_start|>human\n"
+    (bundle / "llava-edge.json").write_text(json.dumps(manifest))
+    model, other, params = ctypes.c_void_p(), ctypes.c_void_p(), ModelParams()
+    library.llava_edge_model_params_init(ctypes.byref(params))
+    params.n_ctx = 512
+    assert library.llava_edge_model_load(str(bundle).encode(), ctypes.byref(params), ctypes.byref(model)) == OK
+    assert library.llava_edge_session_create(model, ctypes.byref(other)) == OK
+    assert library.llava_edge_session_load(other, path) == STATE_INVALID
+    library.llava_edge_session_free(other)
+    library.llava_edge_model_free(model)
 
 
 def test_a_saved_session_that_is_damaged_is_refused(library, session, tmp_path):

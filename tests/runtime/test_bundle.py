@@ -107,6 +107,7 @@ def test_a_manifest_survives_writing_and_reading() -> None:
         (lambda m: m.update(probe={"token_rows": [0], "embeddings": "*"}), "probe.embeddings is not base64"),
         (lambda m: m.update(probe={"token_rows": [0, 1], "embeddings": "AAA="}), "probe.embeddings has 2 bytes"),
         (lambda m: m["prompt"].update(system="no slot"), "prompt.system"),
+        (lambda m: m["prompt"].update(system="", default_system="Be short."), "prompt.default_system"),
     ],
 )
 def test_a_wrong_manifest_is_refused_by_the_name_of_its_key(change: Change, said: str, tmp_path: Path) -> None:

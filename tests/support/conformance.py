@@ -84,7 +84,9 @@ def ask(chat: llava_edge.ChatSession, step: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run_all(cases: list[dict[str, Any]], threads: int | None = None) -> dict[str, list[dict[str, Any]]]:
+def run_all(
+    cases: list[dict[str, Any]], threads: int | None = None, bundle: Path = NANO
+) -> dict[str, list[dict[str, Any]]]:
     """All cases in their order, a model for each run of equal settings."""
     found: dict[str, list[dict[str, Any]]] = {}
     model, settings = None, None
@@ -93,7 +95,7 @@ def run_all(cases: list[dict[str, Any]], threads: int | None = None) -> dict[str
             if model is not None:
                 model.close()
             settings = case["model"]
-            model = llava_edge.load(NANO, vision_backend="native", n_threads=threads, **settings)
+            model = llava_edge.load(bundle, vision_backend="native", n_threads=threads, **settings)
         found[case["name"]] = run_case(model, case)
     if model is not None:
         model.close()

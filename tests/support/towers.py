@@ -27,6 +27,7 @@ class Shape:
     pre_norm: bool = False
     layers: tuple[int, ...] = (3,)
     projector: int = 2
+    newline: bool = False
 
 
 KINDS = {
@@ -87,6 +88,8 @@ def write(path: Path, shape: Shape, kind: Type) -> Path:
         matrix(f"{block}.ffn_up", shape.hidden, shape.width)
         matrix(f"{block}.ffn_down", shape.width, shape.hidden)
     _write_projector(shape, matrix, put, table, random)
+    if shape.newline:
+        table("v.image_newline", shape.out, scale=0.3)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
