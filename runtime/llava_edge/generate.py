@@ -119,6 +119,11 @@ class TokenLoop:
         self._stream = TextStream(stop_texts)
         self._shown = 0  # tokens whose text is sure to belong to the answer
 
+    @property
+    def sure(self) -> int:
+        """How many tokens have all of their text in the answer, whatever comes."""
+        return len(self.generation.ids) if self.done else self._shown
+
     def step(self, logits: NDArray[np.float32], free: int) -> str:
         """Choose a token, which is to be evaluated next unless ``done``; ``free`` tells how many fit the context."""
         generation = self.generation

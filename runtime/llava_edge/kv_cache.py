@@ -86,7 +86,7 @@ class KvCache:
     def prefill_steps(
         self, units: Sequence[Unit], images: Mapping[str, EncodedImage], *, ahead: bool = False
     ) -> Generator[None, None, Prefill]:
-        """:meth:`prefill`, or :meth:`read_ahead`, with a pause before every unit and batch.
+        """:meth:`prefill`, or :meth:`read_ahead`, with a pause between two units and two batches.
 
         Closing it leaves whole units.
         """
@@ -103,7 +103,8 @@ class KvCache:
             return Prefill(needed, needed, image)
         kept = self._keep(there)
         for index, unit in enumerate(units[kept:], kept):
-            yield
+            if index > kept:
+                yield
             yield from self._evaluate(unit, images, last=not ahead and index == len(units) - 1)
         return Prefill(needed, sum(sizes[:kept]), image)
 

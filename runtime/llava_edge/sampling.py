@@ -43,7 +43,7 @@ class Sampler:
 
 def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Ids ``[K]`` that pass the filters, likeliest first, and their probabilities at the temperature ``[K]``."""
-    ids = _likeliest(logits, params.top_k)
+    ids = likeliest(logits, params.top_k)
     scores = logits[ids].astype(np.float64)
     probabilities = _softmax(scores)
     kept = probabilities >= params.min_p * probabilities[0]
@@ -53,7 +53,7 @@ def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDA
     return ids[kept], _softmax(scores[kept] / params.temperature)
 
 
-def _likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+def likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Ids in falling order of their logits, equal ones in rising order of the id; all of them if ``count`` is 0."""
     if 0 < count < len(logits):
         edge = np.partition(logits, len(logits) - count)[len(logits) - count]

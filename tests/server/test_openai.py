@@ -11,6 +11,7 @@ import openai
 import pytest
 
 import llava_edge
+from llava_edge.prompt import ImageRef, TokenRun, UserText
 
 from .conftest import Server, answer, data_uri, question
 
@@ -146,6 +147,42 @@ def test_logprobs_are_those_of_the_chosen_tokens(client: openai.OpenAI, photos: 
     pieces = [chunk.choices[0].logprobs for chunk in streamed]
     shown = [token for piece in pieces if piece is not None for token in piece.content or []]
     assert [token.token for token in shown] == [token.token for token in tokens]
+
+
+def test_logprobs_end_where_a_stop_text_begins(client: openai.OpenAI, photos: list[Path]) -> None:
+    options: dict[str, Any] = {"model": "nano", "messages": [question(ASK, photos[0])], "max_tokens": 8}
+    whole = client.chat.completions.create(**options).choices[0].message.content or ""
+    words = whole.split()
+    reply = client.chat.completions.create(**options, logprobs=True, stop=f"{words[2]} {words[3]}").choices[0]
+    assert reply.finish_reason == "stop"
+    assert reply.message.content == whole[: whole.index(f"{words[2]} {words[3]}")]
+    assert reply.logprobs is not None
+    assert reply.logprobs.content is not None
+    said = b"".join(bytes(token.bytes or []) for token in reply.logprobs.content).decode()
+    assert said == reply.message.content.rstrip()
+
+
+def test_an_answer_that_a_stop_text_cut_in_a_token_goes_on_as_its_text(
+    client: openai.OpenAI, nano: llava_edge.Model, photos: list[Path]
+) -> None:
+    """The server remembers the tokens of its answers, but here they are not what was shown."""
+    messages: list[Any] = [question(ASK, photos[0])]
+    whole = client.chat.completions.create(model="nano", messages=messages, max_tokens=8).choices[0].message.content
+    word = (whole or "").split()[2]
+    cut = client.chat.completions.create(model="nano", messages=messages, max_tokens=8, stop=word[1:])
+    shown = cut.choices[0].message.content or ""
+    assert shown.endswith(word[0])
+    messages += [answer(shown), question("And what else?")]
+    reply = client.chat.completions.create(model="nano", messages=messages, max_tokens=8)
+    units = nano.tokenizer.units(
+        [
+            *nano.format.turn(0, [ImageRef("picture")], ASK, None),
+            UserText(shown),
+            *nano.format.turn(1, [], "And what else?", None),
+        ]
+    )
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == 64 + sum(len(unit.ids) for unit in units if isinstance(unit, TokenRun))
 
 
 def test_several_pictures_and_details_take_their_tokens(client: openai.OpenAI, photos: list[Path]) -> None:

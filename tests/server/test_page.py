@@ -249,6 +249,34 @@ def test_everything_can_be_reached_with_the_keyboard_and_has_a_name(open_page: C
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != first
 
 
+def test_the_focus_stays_where_it_can_be_used(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    focused = "document.activeElement.id || document.activeElement.className"
+    page.fill("#question", "Hello!")
+    page.focus("#send")
+    page.keyboard.press("Enter")
+    page.locator(DONE).wait_for()
+    assert page.evaluate(focused) == "question"
+    page.click("#new-chat")
+    ask(page, "Again?")
+    page.locator("#conversations .pick").nth(1).focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate(focused) == "pick"
+    assert page.evaluate("document.activeElement.getAttribute('aria-current')") == "true"
+    page.set_input_files("#files", [CAT, CAT])
+    page.wait_for_selector("#attached li:nth-child(2)")
+    page.locator("#attached button").nth(0).click()
+    assert page.evaluate("document.activeElement.closest('#attached') !== null")
+    page.locator("#attached button").nth(0).click()
+    assert page.evaluate(focused) == "question"
+
+
+def test_numbers_go_on_over_a_blank_line(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    starts = "rendered('1. One\\n\\n2. Two').map((node) => node.start)"
+    assert page.evaluate(starts) == [1, 2]
+
+
 def test_the_number_of_image_tokens_is_chosen(open_page: Callable[..., Any]) -> None:
     page = open_page()
     page.click("#open-settings")

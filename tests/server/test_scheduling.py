@@ -18,7 +18,11 @@ import openai
 import pytest
 
 import llava_edge
+from llava_edge.engine import Engine
+from llava_edge.prompt import Answer, TokenRun, UserText
+from llava_edge.server.answer import REMEMBERED_TOKENS, AnswerMemory
 from llava_edge.server.errors import ApiError
+from llava_edge.server.lanes import Lanes, runs
 from llava_edge.server.service import Options, Service
 
 from .conftest import Server, answer, get, metric, question, wait_for
@@ -67,6 +71,36 @@ def test_texts_under_load_are_those_of_the_chat(
     with ThreadPoolExecutor(len(pairs)) as pool:
         together = list(pool.map(lambda pair: served(*pair), pairs))
     assert together == [expected(*pair) for pair in pairs]
+
+
+def test_sequences_are_evaluated_together_where_their_numbers_follow_each_other() -> None:
+    assert runs([2, 0, 1], 3) == [[0, 1, 2]]
+    assert runs([5, 3, 0, 1, 2], 3) == [[0, 1, 2], [3], [5]]
+    assert runs([0, 1, 2, 3, 4], 2) == [[0, 1], [2, 3], [4]]
+    assert runs([4], 3) == [[4]]
+    assert runs([], 3) == []
+
+
+def test_a_conversation_comes_to_lie_beside_one_that_is_busy(engine: Engine) -> None:
+    four = Engine(engine.path, n_ctx=64, n_threads=1, n_seq_max=4)
+    try:
+        lanes = Lanes(four, store_bytes=0)
+        lanes.lanes[3].busy = True
+        assert [lanes.take([TokenRun((1,))]).seq for _ in range(3)] == [2, 1, 0]
+    finally:
+        four.close()
+
+
+def test_answers_are_remembered_up_to_a_number_of_tokens() -> None:
+    memory = AnswerMemory()
+    history = [UserText("What is it?")]
+    for number in range(3):
+        memory.remember(history, str(number), range(REMEMBERED_TOKENS // 2))
+    assert memory.recall(history, "0") == UserText("0")
+    assert memory.recall(history, "2") == Answer(tuple(range(REMEMBERED_TOKENS // 2)))
+    memory.remember(history, "2", [7])
+    assert memory.recall(history, "1") == Answer(tuple(range(REMEMBERED_TOKENS // 2)))
+    assert memory.recall(history, "2") == Answer((7,))
 
 
 def test_a_picture_that_several_ask_about_is_read_once(nano_server: Server, pictures: list[Path]) -> None:

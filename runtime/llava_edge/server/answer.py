@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 from llava_edge.generate import Generation
 from llava_edge.grammar import GrammarSampler
 from llava_edge.prompt import Answer, ImageRef, Segment, UserText, up_to_pictures
-from llava_edge.sampling import Sampler
+from llava_edge.sampling import Sampler, likeliest
 from llava_edge.types import FinishReason, Usage
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from llava_edge.server.metrics import Metrics
     from llava_edge.server.protocol import ChatRequest
 
-REMEMBERED_ANSWERS = 4096
+REMEMBERED_ANSWERS, REMEMBERED_TOKENS = 4096, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,17 @@ class AnswerMemory:
     """Which tokens an answer was made of, for when it comes back as text: tokenising it could give others."""
 
     def __init__(self) -> None:
-        self._ids: OrderedDict[bytes, tuple[int, ...]] = OrderedDict()
+        self._ids: OrderedDict[bytes, array[int]] = OrderedDict()
+        self._tokens = 0
 
     def remember(self, history: Sequence[Segment], text: str, ids: Sequence[int]) -> None:
         """Note an answer to a history that ends with its question."""
-        self._ids[_fingerprint(history, text)] = tuple(ids)
-        while len(self._ids) > REMEMBERED_ANSWERS:
-            self._ids.popitem(last=False)
+        key = _fingerprint(history, text)
+        self._tokens += len(ids) - len(self._ids.pop(key, ()))
+        self._ids[key] = array("i", ids)
+        while len(self._ids) > REMEMBERED_ANSWERS or self._tokens > REMEMBERED_TOKENS:
+            _, oldest = self._ids.popitem(last=False)
+            self._tokens -= len(oldest)
 
     def recall(self, history: Sequence[Segment], text: str) -> Segment:
         """The answer's tokens, or its text if they are not known."""
@@ -100,7 +105,7 @@ class AnswerMemory:
         if key not in self._ids:
             return UserText(text)
         self._ids.move_to_end(key)
-        return Answer(self._ids[key])
+        return Answer(tuple(self._ids[key]))
 
 
 def history(model: Model, job: Job, memory: AnswerMemory) -> list[Segment]:
@@ -130,7 +135,7 @@ class RecordingSampler:
         wide = logits.astype(np.float64)
         peak = wide.max()
         total = peak + np.log(np.exp(wide - peak).sum())
-        best = np.argsort(-wide, kind="stable")[: self._top]
+        best = likeliest(logits, self._top) if self._top else ()
         self._noted.append(
             TokenLogprob(
                 self._model.engine.piece(token),
@@ -140,10 +145,10 @@ class RecordingSampler:
         )
         return token
 
-    def take(self, ended: bool) -> tuple[TokenLogprob, ...]:
-        """What was noted since the last call; the token that ended the answer is not part of it."""
-        noted, self._noted = self._noted, []
-        return tuple(noted[:-1] if ended else noted)
+    def take(self, count: int) -> tuple[TokenLogprob, ...]:
+        """What was noted of the next tokens of the answer."""
+        taken, self._noted = self._noted[:count], self._noted[count:]
+        return tuple(taken)
 
 
 def answer(
@@ -163,9 +168,11 @@ def answer(
     encoded = {}
     for pictures in job.pictures:
         for picture, count in pictures:
-            metrics.picture(model.is_encoded(picture, count))
+            known = model.is_encoded(picture, count)
+            metrics.picture(known)
             encoded[model.encoded_key(picture, count)] = model.encode(picture, count)
-            yield None
+            if not known:
+                yield None
     clock["encode_seconds"] = time.perf_counter() - started
     units = model.tokenizer.units(segments)
     if model.remembered is not None:
@@ -192,11 +199,12 @@ def answer(
     if request.top_logprobs is not None:
         sampler = recorder = RecordingSampler(sampler, model, request.top_logprobs)
     loop = model.token_loop(generation, sampler, request.max_tokens, request.stop)
+    told = 0
     try:
         while True:
-            before = len(generation.ids)
             text = loop.step(logits, lane.cache.free)
-            noted = recorder.take(len(generation.ids) <= before) if recorder else ()
+            noted = recorder.take(loop.sure - told) if recorder else ()  # none of a text that is held back
+            told = loop.sure
             if text or noted:
                 job.emit(Piece(text, noted))
             if model.remembered is not None:
@@ -208,7 +216,8 @@ def answer(
     finally:
         if rules is not None:
             rules.close()
-    memory.remember(segments, generation.text, generation.ids)
+    if _text_of(model, generation.ids).strip() == generation.text.strip():  # a stop text may stand inside a token
+        memory.remember(segments, generation.text, generation.ids)
     assert generation.first_token_at is not None
     generation.decode_seconds = time.perf_counter() - generation.first_token_at
     clock["ttft_seconds"] = generation.first_token_at - job.arrived
@@ -216,6 +225,10 @@ def answer(
     speed = generation.decoded / generation.decode_seconds if generation.decoded else None
     metrics.finished(usage, clock["ttft_seconds"], speed)
     job.emit(Finished(generation.finish_reason, usage, {**clock, "decode_tokens_per_second": speed}))
+
+
+def _text_of(model: Model, ids: Sequence[int]) -> str:
+    return b"".join(model.engine.piece(token) for token in ids).decode("utf-8", "replace")
 
 
 def _fingerprint(history: Sequence[Segment], text: str) -> bytes:

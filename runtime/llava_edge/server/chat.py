@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BODY_SECONDS = 60.0
+READ_SECONDS = 10.0  # for what is written last, beyond the time that an answer may take
 CLIENT_CLOSED_REQUEST = 499
 _LARGE_BODY = 1 << 20
 
@@ -47,21 +48,18 @@ class ChatCompletions:
         started = time.perf_counter()
         try:
             with self._service.place():
-                await self._serve(Request(scope, receive), send, started)
-            status = 200
+                status = await self._serve(Request(scope, receive), send, started)
         except (ClientGone, ClientDisconnect):
             status = CLIENT_CLOSED_REQUEST
             self._service.metrics.cancelled()
         except Exception as failure:
             error = as_api_error(failure)
-            status = error.status
-            if status == 500:
-                log.error("a request failed: %s", type(failure).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+            status = _noted(failure, error)
             await JSONResponse(error.body(), status, headers=error.headers())(scope, receive, send)
         self._service.metrics.request(status)
         log.info("chat completion: status %d, %.2f s", status, time.perf_counter() - started)
 
-    async def _serve(self, request: Request, send: Send, started: float) -> None:
+    async def _serve(self, request: Request, send: Send, started: float) -> int:
         scheduler = self._service.ready()
         body = await _read_body(request, self._service.options.max_body_bytes)
         parse = parse_json(body) if len(body) < _LARGE_BODY else await asyncio.to_thread(parse_json, body)
@@ -70,18 +68,18 @@ class ChatCompletions:
         if asked.model not in (None, name):
             raise ApiError(404, f"There is no such model here, only {name!r}.", param="model", code="model_not_found")
         with contextlib.nullcontext() if asked.max_tokens else self._service.reading_ahead():
-            await self._work(scheduler, asked, request, send, started)
+            return await self._work(scheduler, asked, request, send, started)
 
     async def _work(
         self, scheduler: Scheduler, asked: ChatRequest, request: Request, send: Send, started: float
-    ) -> None:
+    ) -> int:
         self._service.check_length(asked)
         grammar = None if asked.schema is None else await asyncio.to_thread(_grammar, asked.schema)
         gone = asyncio.create_task(_disconnected(request))
         try:
             async with asyncio.timeout(self._service.options.timeout_seconds):
                 pictures = await _unless(gone, self._service.open_pictures(asked))
-            await self._answer(scheduler, asked, pictures, grammar, gone, send, started)
+            return await self._answer(scheduler, asked, pictures, grammar, gone, send, started)
         except TimeoutError:
             raise ApiError(504, "The pictures took longer than the server allows.", code="timeout") from None
         finally:
@@ -96,7 +94,7 @@ class ChatCompletions:
         gone: asyncio.Task[None],
         send: Send,
         started: float,
-    ) -> None:
+    ) -> int:
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
         gone.add_done_callback(lambda _task: events.put_nowait(None))
@@ -109,10 +107,14 @@ class ChatCompletions:
         scheduler.submit(job)
         completion = Completion(scheduler.model.name, include_usage=asked.include_usage)
         try:
-            if asked.stream:
-                await _stream(completion, events, send)
-            else:
+            # The scheduler ends what takes too long; beyond that, it is a client that reads nothing.
+            async with asyncio.timeout_at(loop.time() + job.deadline - time.perf_counter() + READ_SECONDS):
+                if asked.stream:
+                    return await _stream(completion, events, send)
                 await _whole(completion, events, send, logprobs=asked.top_logprobs is not None)
+                return 200
+        except TimeoutError:
+            raise ClientGone from None
         finally:
             scheduler.cancel(job)
 
@@ -126,7 +128,9 @@ async def _whole(completion: Completion, events: asyncio.Queue[Event | None], se
     await send({"type": "http.response.body", "body": body})
 
 
-async def _stream(completion: Completion, events: asyncio.Queue[Event | None], send: Send) -> None:
+async def _stream(completion: Completion, events: asyncio.Queue[Event | None], send: Send) -> int:
+    """Returns the status that the answer would have had if it had not begun with 200."""
+    status = 200
     item = await _next(events)  # an error before the first piece still has a status of its own
     await _send_start(send, "text/event-stream")
     await _send_part(send, completion.first())
@@ -138,8 +142,18 @@ async def _stream(completion: Completion, events: asyncio.Queue[Event | None], s
     except ClientGone:
         raise
     except Exception as failure:
-        last = event(as_api_error(failure).body())
+        error = as_api_error(failure)
+        status = _noted(failure, error)
+        last = event(error.body())
     await send({"type": "http.response.body", "body": last})
+    return status
+
+
+def _noted(failure: Exception, error: ApiError) -> int:
+    """The error's status; a defect of the server is logged, without the words of its message."""
+    if error.status == 500:
+        log.error("a request failed: %s", type(failure).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
+    return error.status
 
 
 async def _next(events: asyncio.Queue[Event | None]) -> Piece | Finished:

@@ -121,6 +121,7 @@ def _connect(parts: SplitResult, allowed: Callable[[str], bool], deadline: float
     except OSError as error:
         raise ImageError(f"the picture's server can't be reached: {type(error).__name__}") from None
     connection = http.client.HTTPConnection(host, port, timeout=_left(deadline))
+    connection.default_port = _PORTS[parts.scheme]  # it is left out of the Host that is asked for
     try:
         secure = parts.scheme == "https"
         connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain

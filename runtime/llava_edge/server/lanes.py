@@ -7,7 +7,7 @@ conversation that another lane is busy with gets a copy of the common beginning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from llava_edge.engine import Engine
@@ -58,7 +58,7 @@ class Lanes:
     def take(self, units: Sequence[Unit]) -> Lane:
         """A free lane that holds as much of the beginning of a prompt as is known; it is busy from now on."""
         idle = [lane for lane in self.lanes if not lane.busy]
-        own = max(idle, key=lambda lane: (_worth(lane.cache.entries, units), not lane.cache.entries, -lane.used))
+        own = max(idle, key=lambda lane: self._suits(lane, units))
         shared = _shared(own.cache.entries, units)
         if shared < own.cache.tokens:  # it loses something
             self._keep(own)
@@ -75,6 +75,13 @@ class Lanes:
         self._count += 1
         lane.busy, lane.used = False, self._count
 
+    def _suits(self, lane: Lane, units: Sequence[Unit]) -> tuple[int, bool, bool, int]:
+        """What speaks for a lane: what it holds of the prompt; that it is empty; a busy neighbour, as only neighbours
+        are evaluated together; that nobody has come back to it for long.
+        """
+        beside = any(other.busy and abs(other.seq - lane.seq) == 1 for other in self.lanes)
+        return _worth(lane.cache.entries, units), not lane.cache.entries, beside, -lane.used
+
     def _copy_of(self, entries: Sequence[Entry]) -> SavedCache:
         for saved in self.stored:
             if saved.entries is entries:
@@ -88,9 +95,9 @@ class Lanes:
         units = lane.cache.units
         if any(saved.units[: len(units)] == units for saved in self.stored):
             return
-        saved = lane.cache.save()
-        if saved.nbytes > self.store_bytes:
+        if self.engine.state_size(lane.seq) > self.store_bytes:
             return
+        saved = lane.cache.save()
         self.stored = [old for old in self.stored if units[: len(old.entries)] != old.units]
         self.stored.append(saved)
         while self.stored_bytes > self.store_bytes:
@@ -120,6 +127,19 @@ def exact_rows(engine: Engine) -> int:
         for seq in sequences:
             engine.truncate(0, seq)
     return engine.n_seq_max
+
+
+def runs(sequences: Iterable[int], longest: int) -> list[list[int]]:
+    """Sequences that one batch can evaluate together, at most so many: llama.cpp divides a batch of sequences where the
+    next one's number is not one more.
+    """
+    found: list[list[int]] = []
+    for seq in sorted(sequences):
+        if found and len(found[-1]) < longest and seq == found[-1][-1] + 1:
+            found[-1].append(seq)
+        else:
+            found.append([seq])
+    return found
 
 
 def _shared(entries: Sequence[Entry], units: Sequence[Unit]) -> int:

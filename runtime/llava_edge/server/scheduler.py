@@ -15,7 +15,7 @@ from PIL import Image
 from llava_edge.model import arrange
 from llava_edge.server.answer import AnswerMemory, Failed, Job, answer, history
 from llava_edge.server.errors import ApiError
-from llava_edge.server.lanes import Lane, Lanes, exact_rows
+from llava_edge.server.lanes import Lane, Lanes, exact_rows, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -204,9 +204,8 @@ class Scheduler:
         """Who is evaluated together."""
         engine = self.model.engine
         alone = [a for a in writing if self._exact and engine.position(a.lane.seq) >= ALONE_FROM]
-        together = [a for a in writing if a not in alone]
-        groups = [together[start : start + self.rows] for start in range(0, len(together), self.rows)]
-        return [*groups, *([active] for active in alone)]
+        together = {a.lane.seq: a for a in writing if a not in alone}
+        return [*([together[seq] for seq in run] for run in runs(together, self.rows)), *([a] for a in alone)]
 
     def _advance(self, active: _Active, logits: Any) -> None:
         try:

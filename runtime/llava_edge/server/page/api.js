@@ -42,7 +42,7 @@ async function* streamAnswer(messages, signal) {
       const data = each.replace(/^data: /, "");
       if (data === "[DONE]") return;
       const message = JSON.parse(data);
-      if (message.error) throw new Error(message.error.message);
+      if (message.error) throw Object.assign(new Error(message.error.message), { status: 500 });
       yield message;
     }
   }

@@ -9,6 +9,7 @@ let attached = [];
 let answering = null; // the AbortController of the answer that is being written
 let ahead = null; // pictures that are read before there is a question: a timer, and the AbortController of the request
 let model = null;
+let listed = ""; // what the list of conversations shows
 
 const narrow = matchMedia("(max-width: 760px)");
 const scroller = $("messages");
@@ -38,18 +39,36 @@ function refresh() {
   $("welcome").hidden = conversation.messages.length > 0;
   $("title").textContent = conversation.title || "New conversation";
   document.title = conversation.title ? `${conversation.title} – llava-edge` : "llava-edge";
-  $("send").hidden = Boolean(answering);
-  $("stop").hidden = !answering;
+  $(answering ? "stop" : "send").hidden = false;
+  hide($(answering ? "send" : "stop"), answering ? $("stop") : $("question"));
   $("attached").hidden = !attached.length;
-  $("suggestions").hidden = !attached.length || conversation.messages.length > 0 || Boolean($("question").value);
-  $("conversations").replaceChildren(...store.list().map(listElement));
+  if (!attached.length || conversation.messages.length || $("question").value) hide($("suggestions"), answering ? $("stop") : $("question"));
+  else $("suggestions").hidden = false;
+  list();
+}
+
+// What is hidden can't keep the keyboard's focus.
+function hide(node, next) {
+  const focused = node.contains(document.activeElement);
+  node.hidden = true;
+  if (focused) next.focus();
+}
+
+function list() {
+  const every = store.list();
+  const state = JSON.stringify([conversation.id, ...every.map((each) => [each.id, each.title])]);
+  if (state === listed) return;
+  listed = state;
+  const { id, className } = document.activeElement?.closest?.("#conversations button") ? { id: document.activeElement.dataset.id, className: document.activeElement.className } : {};
+  $("conversations").replaceChildren(...every.map(listElement));
+  if (id) ([...$("conversations").querySelectorAll("button")].find((button) => button.dataset.id === id && button.className === className) ?? $("new-chat")).focus();
 }
 
 function listElement(each) {
   const current = each.id === conversation.id;
-  const pick = element("button", { class: "pick", type: "button", onclick: () => select(each) }, each.title || "Pictures");
+  const pick = element("button", { class: "pick", type: "button", "data-id": each.id, onclick: () => select(each) }, each.title || "Pictures");
   if (current) pick.setAttribute("aria-current", "true");
-  const drop = element("button", { class: "drop icon", type: "button", "aria-label": `Delete “${each.title}”`, onclick: () => forget(each) }, cross());
+  const drop = element("button", { class: "drop icon", type: "button", "data-id": each.id, "aria-label": `Delete “${each.title}”`, onclick: () => forget(each) }, cross());
   return element("li", { class: current ? "current" : "" }, pick, drop);
 }
 
@@ -264,9 +283,15 @@ function attach(picture) {
 function showAttached() {
   $("attached").replaceChildren(...attached.map((picture, index) => element("li", {},
     element("img", { src: picture.url, alt: picture.name }),
-    element("button", { type: "button", "aria-label": `Remove ${picture.name}`, onclick: () => { attached.splice(index, 1); showAttached(); } }, cross()))));
+    element("button", { type: "button", "aria-label": `Remove ${picture.name}`, onclick: () => detach(index) }, cross()))));
   refresh();
   readAhead();
+}
+
+function detach(index) {
+  attached.splice(index, 1);
+  showAttached();
+  ($("attached").querySelectorAll("button")[Math.min(index, attached.length - 1)] ?? $("question")).focus();
 }
 
 function readAhead() {

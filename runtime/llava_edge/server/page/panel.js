@@ -21,7 +21,7 @@ function closeSettings() {
   settings.set("temperature", Number($("temperature").value));
   const longest = Number.parseInt($("max-tokens").value, 10);
   if (longest >= 1) settings.set("maxTokens", longest);
-  settings.set("imageTokens", Number($("image-tokens").value));
+  if (!$("image-tokens").disabled) settings.set("imageTokens", Number($("image-tokens").value));
   settings.set("system", $("system").value);
   settings.set("key", $("api-key").value.trim());
   readAhead();

@@ -39,6 +39,7 @@ function dataUrl(file) {
 
 const camera = {
   stream: null,
+  opening: false,
 
   // A phone has its own camera app; elsewhere the page shows what the camera sees.
   async open() {
@@ -46,11 +47,15 @@ const camera = {
       $("snapshot").click();
       return;
     }
+    if (this.opening || this.stream) return;
+    this.opening = true;
     try {
       this.stream = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
     } catch (error) {
       warn(error.name === "NotAllowedError" ? "The browser was told not to use the camera." : "No camera was found.");
       return;
+    } finally {
+      this.opening = false;
     }
     $("viewfinder").srcObject = this.stream;
     $("camera-dialog").showModal();

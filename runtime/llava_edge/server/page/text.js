@@ -40,7 +40,7 @@ function block(text) {
   if (rows.every((row) => /^\s*[-*•]\s+/.test(row)))
     return element("ul", {}, ...rows.map((row) => element("li", {}, ...inline(row.replace(/^\s*[-*•]\s+/, "")))));
   if (rows.every((row) => /^\s*\d+[.)]\s+/.test(row)))
-    return element("ol", {}, ...rows.map((row) => element("li", {}, ...inline(row.replace(/^\s*\d+[.)]\s+/, "")))));
+    return element("ol", { start: Number.parseInt(rows[0], 10) }, ...rows.map((row) => element("li", {}, ...inline(row.replace(/^\s*\d+[.)]\s+/, "")))));
   return element("p", {}, ...lines(text));
 }
 
