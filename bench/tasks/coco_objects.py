@@ -99,7 +99,13 @@ toothbrush, tooth brush
 """
 # Words that contain an object's name and are none.
 _NOT_OBJECTS = ("home plate", "train track", "train tracks", "bus stop", "cat tree", "dog house")
-_SINGULAR = {"buses": "bus", "glasses": "glasses", "skis": "skis"}
+_SINGULAR = {
+    "buses": "bus", "glasses": "glass", "skis": "skis", "ties": "tie", "neckties": "necktie", "tvs": "tv",
+    "calves": "calf", "mice": "mouse",
+}  # fmt: skip
+# Of these a young or a grown one is an animal, and no person beside it.
+_ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe")
+_VEHICLES = {"passenger jet": "airplane", "passenger train": "train"}
 
 
 class Objects:
@@ -109,6 +115,11 @@ class Objects:
         self.names = [line[0] for line in lines]
         self._object = {_singular_phrase(word): line[0] for line in lines for word in line}
         self._object |= {_singular_phrase(phrase): "" for phrase in _NOT_OBJECTS}
+        for name in self.names:
+            if name in _ANIMALS:
+                same = [_singular_phrase(word) for line in lines if line[0] == name for word in line]
+                self._object |= {f"{age} {word}": name for age in ("baby", "adult") for word in same}
+        self._object |= {phrase: name for phrase, name in _VEHICLES.items() if name in self.names}
         self._longest = max(len(phrase.split()) for phrase in self._object)
 
     def mentions(self, text: str) -> list[str]:
@@ -153,7 +164,7 @@ def _singular_phrase(phrase: str) -> str:
 
 
 def _singular(word: str) -> str:
-    """The word without its plural's ending; wrong ones do no harm, as synonyms go the same way."""
+    """The word without its plural's ending; synonyms go the same way."""
     if word in _SINGULAR:
         return _SINGULAR[word]
     if len(word) < 4 or word.endswith(("ss", "us", "is")):

@@ -15,12 +15,17 @@ from llava_edge.errors import InputError
 def compare(first: Run, second: Run) -> dict[str, Any]:
     """The mean difference of scores (second minus first) with its paired bootstrap interval over pictures.
 
-    Where every score is 0 or 1, McNemar's exact test is there too. Samples that only one run has, or that one could
-    not mark, are left out and counted.
+    Where every score is 0 or 1, McNemar's exact test is there too; a question that a benchmark asks several times (POPE
+    does) counts once there. Samples that only one run has, or that one could not mark, are left out and counted.
     """
     if first.settings["task"] != second.settings["task"]:
         raise InputError(
             f"{first.folder} is a run of {first.settings['task']}, {second.folder} of {second.settings['task']}"
+        )
+    if first.settings["task"] == "captions" and first.settings["data_sha256"] != second.settings["data_sha256"]:
+        raise InputError(
+            "the runs are on different pictures, and how rare a word is depends on all of them",
+            hint="Run both with the same --limit.",
         )
     theirs = {record.id: record for record in second.records}
     pairs = [(record, theirs[record.id]) for record in first.records if record.id in theirs]
@@ -47,8 +52,8 @@ def compare(first: Run, second: Run) -> dict[str, Any]:
         "mcnemar": None,
     }
     if set(np.unique(scores)) <= {0.0, 1.0}:
-        only_first = int(((scores[:, 0] == 1) & (scores[:, 1] == 0)).sum())
-        only_second = int(((scores[:, 0] == 0) & (scores[:, 1] == 1)).sum())
+        once = {(a.cluster, a.question, str(a.expected)): (a.score, b.score) for a, b in marked}
+        only_first, only_second = list(once.values()).count((1, 0)), list(once.values()).count((0, 1))
         p_value = mcnemar(only_first, only_second)
         result["mcnemar"] = {"only_first": only_first, "only_second": only_second, "p_value": p_value}
     return result

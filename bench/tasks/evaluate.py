@@ -13,7 +13,17 @@ from typing import Any
 from llava_edge.bench.tasks.asking import Asker
 from llava_edge.bench.tasks.models import ModelChoice
 from llava_edge.bench.tasks.reading import Data
-from llava_edge.bench.tasks.run import SUMMARY, Plan, finish, note_backend, plan_run, run_samples, start
+from llava_edge.bench.tasks.run import (
+    JUDGED,
+    SUMMARY,
+    Plan,
+    finish,
+    note_backend,
+    plan_run,
+    run_samples,
+    start,
+    writing,
+)
 from llava_edge.bench.tasks.task import Task, make_task
 from llava_edge.bundle import sha256_file
 
@@ -65,10 +75,17 @@ def evaluate(job: Job, progress: Progress) -> Outcome:
     """
     task, data, plan = read_job(job)
     folder = job.output or default_folder(plan.settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        return Outcome(folder, _run(job, task, plan, folder, progress), data.skipped)
+
+
+def _run(job: Job, task: Task, plan: Plan, folder: Path, progress: Progress) -> dict[str, Any]:
     done = start(folder, plan, resume=job.resume, overwrite=job.overwrite)
     if len(done) == len(plan.samples):
-        return Outcome(folder, finish(folder, done), data.skipped)
-    (folder / SUMMARY).unlink(missing_ok=True)
+        return finish(folder, done)
+    for name in (SUMMARY, JUDGED):
+        (folder / name).unlink(missing_ok=True)
     with (
         job.choice.load() as model,
         progress(len(plan.samples), len(done), f"{job.task} {model.name}") as step,
@@ -77,7 +94,7 @@ def evaluate(job: Job, progress: Progress) -> Outcome:
         records = run_samples(
             folder, plan, task, Asker(model, system=job.choice.system), done, step, skip_bad=job.skip_bad
         )
-    return Outcome(folder, finish(folder, records), data.skipped)
+    return finish(folder, records)
 
 
 def read_job(job: Job) -> tuple[Task, Data, Plan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -50,14 +51,17 @@ class ModelChoice:
         return bool(self.image_mode or self.prompt_format or self.feature_layers)
 
     def describe(self) -> dict[str, Any]:
-        """What makes two runs' models the same; it costs no loading and names no path.
+        """What makes two runs' models the same; it costs no loading and names no path. The files of a raw pair are read
+        for their hashes.
 
         ``vision_backend`` is what was asked for; a run's summary has what read the pictures.
         """
-        asked = {"vision_backend": self.vision_backend, "system": self.system}
+        asked: dict[str, Any] = {"vision_backend": self.vision_backend, "system": self.system}
+        if self.n_gpu_layers is not None:
+            asked["n_gpu_layers"] = self.n_gpu_layers
         if self.llm or self.mmproj:
             self._need_bundle()
-            files = {path.name: path.stat().st_size for path in (self.llm, self.mmproj) if path and path.is_file()}
+            files = {path.name: sha256_file(path) for path in (self.llm, self.mmproj) if path and path.is_file()}
             return {"name": self.llm.stem if self.llm else None, "files": files, **asked}
         pulled = pulled_pair(self.model or "nano")
         if pulled is not None:
@@ -74,6 +78,7 @@ class ModelChoice:
             **({} if self.image_reduction == "pool" else {"image_reduction": self.image_reduction}),
             "image_mode": manifest.image.mode,
             "prompt_format": self.prompt_format,
+            "prompt_sha256": hashlib.sha256(repr(manifest.prompt).encode()).hexdigest(),
             "feature_layers": list(manifest.feature_layers),
             **asked,
         }

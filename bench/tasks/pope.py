@@ -10,7 +10,7 @@ from llava_edge.bench.tasks.reading import Data, identifier
 from llava_edge.bench.tasks.samples import Mark, Record, Sample
 from llava_edge.bench.tasks.stats import Metric
 from llava_edge.bench.tasks.task import SHORT_ANSWER, BaseTask, Metrics, grouped
-from llava_edge.bench.tasks.yes_no import detection_metrics, pope_answer, says_either
+from llava_edge.bench.tasks.yes_no import detection_metrics, mean_f1, pope_answer, says_either
 from llava_edge.errors import InputError
 from llava_edge.strict_json import Fields
 
@@ -20,7 +20,7 @@ SPLITS = ("random", "popular", "adversarial")
 class Pope(BaseTask):
     """Reads ``*pope*SPLIT.json`` with lines ``{"question_id", "image", "text", "label"}``."""
 
-    headline = "f1"
+    headline = "mean_f1"
 
     def __init__(self, suffix: str = SHORT_ANSWER) -> None:
         self._suffix = suffix
@@ -57,8 +57,8 @@ class Pope(BaseTask):
             if split in splits:
                 metrics |= detection_metrics(splits[split], f"{split}/")
         if len(splits) > 1:
-            values = [metrics[f"{split}/f1"].value for split in splits]
-            known = [value for value in values if value is not None]
-            metrics["mean_f1"] = Metric(sum(known) / len(known) if len(known) == len(values) else None)
+            metrics["mean_f1"] = mean_f1(list(splits.values()))
+        else:
+            metrics["mean_f1"] = metrics["f1"]
         metrics["unclear_answers"] = Metric(float(sum(record.detail["unclear"] for record in records)))
         return metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class Data:
 
     def jsonl(self, path: Path, parse: Callable[[Fields], T]) -> list[T]:
         """Parse every line of a file of JSON objects; blank lines are nothing."""
-        lines = self.text(path).split("\n")
+        lines = self._bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n")
         return self.each(path, [(n, line) for n, line in enumerate(lines, 1) if line.strip()], _line(parse))
 
     def entries(self, path: Path, values: Iterable[tuple[Any, Any]], parse: Callable[[Fields], T]) -> list[T]:
@@ -83,10 +84,16 @@ class Data:
     def text(self, path: Path) -> str:
         """A file's text."""
         try:
-            return path.read_text(encoding="utf-8-sig")
+            return self._bytes(path).decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"can't read {path}: {error}") from None
+
+    def _bytes(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
         except FileNotFoundError:
             raise InputError(f"no such file: {path}") from None
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise InputError(f"can't read {path}: {error}") from None
 
     def json(self, path: Path) -> Any:
@@ -124,12 +131,30 @@ def identifier(fields: Fields, key: str) -> str:
     return str(value)
 
 
-def _line(parse: Callable[[Fields], T]) -> Callable[[str], T]:
-    return lambda line: parse(parse_object(line))
+def _line(parse: Callable[[Fields], T]) -> Callable[[bytes], T]:
+    def parsed(line: bytes) -> T:
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"is not UTF-8: {error}") from None
+        fields = parse_object(text)
+        _check_text(fields.raw())
+        return parse(fields)
+
+    return parsed
 
 
 def as_fields(value: Any) -> Fields:
     """A JSON object to read; InputError for anything else."""
     if not isinstance(value, dict):
         raise InputError(f"is {json.dumps(value)[:60]}; expected an object")
+    _check_text(value)
     return Fields(value)
+
+
+def _check_text(value: Any) -> None:
+    """JSON can write half of a pair of UTF-16, which is no character."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("holds half a character (a lone surrogate)") from None

@@ -14,7 +14,7 @@ from llava_edge.errors import InputError
 BEGIN, END = "<!-- results: written by `llava-edge eval report` -->", "<!-- end of results -->"
 _SHOWN = {
     "captions": ("cider_d", "bleu_4", "rouge_l"),
-    "pope": ("f1", "accuracy", "precision", "recall", "yes_ratio"),
+    "pope": ("mean_f1", "accuracy", "precision", "recall", "yes_ratio"),
     "chair": ("chair_s", "chair_i", "recall", "words"),
     "mme": ("perception", "cognition"),
 }

@@ -5,6 +5,7 @@ A judgement is a line of ``reviews.jsonl`` beside the run's answers; what is the
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ import numpy as np
 from llava_edge.bench.tasks import scienceqa, stats
 from llava_edge.bench.tasks.choices import LETTER_INSTRUCTION
 from llava_edge.bench.tasks.judge import Judge
-from llava_edge.bench.tasks.run import JUDGED, REVIEWS, Run
+from llava_edge.bench.tasks.run import JUDGED, REVIEWS, SUMMARY, Run, writing
 from llava_edge.bench.tasks.samples import Record, write_text
 from llava_edge.bench.tasks.task import Metrics, grouped
 from llava_edge.errors import InputError
@@ -50,12 +51,16 @@ _STRESS = {
 
 @dataclass(frozen=True)
 class Review:
-    """What a judge made of a sample. ``verdict`` is None where it can't be read."""
+    """What a judge made of a sample. ``verdict`` is None where it can't be read.
+
+    ``request_sha256`` is that of what it was asked first, and how: a judgement by other rules is another one.
+    """
 
     id: str
     judge: str
     texts: tuple[str, ...]
     verdict: list[float] | dict[str, str] | None
+    request_sha256: str
 
     @property
     def readable(self) -> bool:
@@ -92,23 +97,46 @@ def review_run(
     max_tokens: int = MAX_TOKENS,
 ) -> dict[str, Any]:
     """Let a judge see every answer of a run that it has not seen yet, and write ``judged.json``."""
-    reviewers = {"llava-bench": _compare_answers, "scienceqa": _second_look}
+    with writing(run.folder):
+        return _review(run, judge, rules, overwrite, step, max_tokens)
+
+
+def _review(
+    run: Run,
+    judge: Judge,
+    rules: dict[str, str],
+    overwrite: bool,
+    step: Callable[[int], None],
+    max_tokens: int,
+) -> dict[str, Any]:
+    reviewers = {"llava-bench": (_comparison, _compare_answers), "scienceqa": (_first_look, _second_look)}
     task = run.settings["task"]
     if task not in reviewers:
         raise InputError(f"a run of {task} needs no judge; one of {', '.join(reviewers)} does")
+    if not (run.folder / SUMMARY).is_file():
+        raise InputError(f"{run.folder} is not finished", hint="Run it again with --resume first.")
     records = [record for record in run.records if not record.unreadable]
     if not records:
-        raise InputError(f"{run.folder} has no answers yet")
+        raise InputError(f"{run.folder} has no answers that can be judged")
+    requested, review_of = reviewers[task]
+    requests = {record.id: requested(record, rules) for record in records}
+    hashes = {name: _request_hash(text, max_tokens) for name, text in requests.items()}
     path = run.folder / REVIEWS
     if overwrite:
         path.unlink(missing_ok=True)
     reviews = {review.id: review for review in _read_reviews(path, judge.name)}
+    if any(hashes.get(name) != review.request_sha256 for name, review in reviews.items()):
+        raise InputError(
+            f"{path} has judgements of other answers, by other rules or of another length",
+            hint="--overwrite drops them and asks again.",
+        )
     step(len(reviews))
     with path.open("a", encoding="utf-8") as file:
         for record in records:
             if record.id in reviews:
                 continue
-            reviews[record.id] = review = reviewers[task](record, judge, rules, max_tokens)
+            said = review_of(record, judge, requests[record.id], max_tokens)
+            reviews[record.id] = review = Review(record.id, judge.name, *said, hashes[record.id])
             file.write(json.dumps(asdict(review), ensure_ascii=False) + "\n")
             file.flush()
             step(1)
@@ -119,6 +147,7 @@ def review_run(
         "task": task,
         "model": run.settings["model"],
         "judge": judge.name,
+        "rules_sha256": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest() if rules else None,
         "asked": len(ordered),
         "unreadable": failed,
         "skipped": run.settings["skipped"],
@@ -150,17 +179,24 @@ def _read_reviews(path: Path, judge: str) -> list[Review]:
     return reviews
 
 
-def _compare_answers(record: Record, judge: Judge, rules: dict[str, str], max_tokens: int) -> Review:
-    """The reference's answer stands first, as in the paper."""
+def _request_hash(text: str, max_tokens: int) -> str:
+    return hashlib.sha256(f"{max_tokens}\n{text}".encode()).hexdigest()
+
+
+def _comparison(record: Record, rules: dict[str, str]) -> str:
+    """What the judge of LLaVA-Bench reads. The reference's answer stands first, as in the paper."""
     facts = record.facts
     request = rule(facts["category"], facts["boxes"], rules)
     answers = "".join(
         f"[Assistant {number}]\n{text}\n\n[End of Assistant {number}]\n\n"
         for number, text in ((1, record.expected), (2, record.answer))
     )
-    text = f"[Context]\n{facts['context']}\n\n[Question]\n{record.question}\n\n{answers}[System]\n{request}\n\n"
+    return f"[Context]\n{facts['context']}\n\n[Question]\n{record.question}\n\n{answers}[System]\n{request}\n\n"
+
+
+def _compare_answers(record: Record, judge: Judge, text: str, max_tokens: int) -> tuple[tuple[str, ...], Any]:
     said = judge.ask(SYSTEM, text, temperature=TEMPERATURE, max_tokens=max_tokens)
-    return Review(record.id, judge.name, (said,), read_scores(said))
+    return (said,), read_scores(said)
 
 
 def read_scores(text: str) -> list[float] | None:
@@ -191,10 +227,13 @@ def _relative_scores(ordered: Sequence[tuple[Record, Review]]) -> Metrics:
     return metrics
 
 
-def _second_look(record: Record, judge: Judge, rules: dict[str, str], max_tokens: int) -> Review:
+def _first_look(record: Record, rules: dict[str, str]) -> str:
+    return record.question.removesuffix(f"\n{LETTER_INSTRUCTION}")
+
+
+def _second_look(record: Record, judge: Judge, question: str, max_tokens: int) -> tuple[tuple[str, ...], Any]:
     """The judge answers from the text alone; where it differs from the model, it sees both answers and decides."""
     choices = record.facts["choices"]
-    question = record.question.removesuffix(f"\n{LETTER_INSTRUCTION}")
     first = judge.ask(TUTOR, question, temperature=0, max_tokens=max_tokens)
     own = scienceqa.read_letter(first.strip(), choices)
     model = record.detail["letter"]
@@ -207,7 +246,7 @@ def _second_look(record: Record, judge: Judge, rules: dict[str, str], max_tokens
         )
         texts.append(judge.ask(TUTOR, request, temperature=0, max_tokens=max_tokens))
         verdict["second"] = scienceqa.read_letter(texts[-1].strip(), choices)
-    return Review(record.id, judge.name, tuple(texts), verdict)
+    return tuple(texts), verdict
 
 
 def _ensembles(ordered: Sequence[tuple[Record, Review]]) -> Metrics:

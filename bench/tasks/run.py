@@ -7,10 +7,12 @@ that was stopped, split over machines or joined has the very same one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from llava_edge.bench.tasks.samples import (
     write_text,
 )
 from llava_edge.bench.tasks.task import Metrics, Task, make_task
-from llava_edge.errors import ImageError, InputError
+from llava_edge.errors import ContextFullError, ImageError, InputError
 
 if TYPE_CHECKING:
     from llava_edge.bench.tasks.reading import Data
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 SETTINGS, SAMPLES, SUMMARY = "run.json", "samples.jsonl", "summary.json"
 REVIEWS, JUDGED = "reviews.jsonl", "judged.json"
 BACKEND = "vision_backend"
+LOCK = ".lock"
+_ANEW = "Begin anew with --overwrite."
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,24 @@ def start(folder: Path, plan: Plan, *, resume: bool, overwrite: bool) -> list[Re
         (folder / name).unlink(missing_ok=True)
     write_text(settings, json.dumps(plan.settings, indent=2, ensure_ascii=False) + "\n")
     return []
+
+
+@contextmanager
+def writing(folder: Path) -> Generator[None]:
+    """While it lasts nobody else writes the run; InputError if somebody does."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"another program is writing {folder}", hint="Wait for it, or name another --output."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def note_backend(folder: Path, backend: str) -> None:
@@ -200,14 +222,15 @@ def run_samples(
 
 
 def ask(task: Task, asker: Asker, index: int, sample: Sample, *, skip_bad: bool = False) -> Record:
-    """Ask one question and mark the answer."""
+    """Ask one question and mark the answer. What can't be asked ends the run, or leaves a record without an answer."""
     started = time.perf_counter()
     try:
         said = asker.answer(task, sample)
         mark = task.mark(sample, said)
-    except ImageError as error:
+    except (ImageError, InputError, ContextFullError) as error:
         if not skip_bad:
-            raise ImageError(f"sample {sample.id}: {error}", hint="--resume --skip-bad goes on without it.") from None
+            hint = "--resume --skip-bad goes on without it."
+            raise type(error)(f"sample {sample.id}: {error}", hint=hint) from None
         said, mark = Said("", "", 0), Mark(None, {"unreadable": str(error)})
     seconds = time.perf_counter() - started
     return Record(
@@ -256,7 +279,10 @@ def open_run(folder: Path) -> Run:
     """Open a run to look at it."""
     settings = _read_settings(folder)
     path = folder / SAMPLES
-    return Run(folder, settings, read_records(path) if path.is_file() else [])
+    records = read_records(path) if path.is_file() else []
+    if any(after.index <= before.index for before, after in itertools.pairwise(records)):
+        raise InputError(f"{path} has samples twice or out of order: two programs have written it", hint=_ANEW)
+    return Run(folder, settings, records)
 
 
 def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
@@ -268,8 +294,9 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
         The parts are of different runs, one is missing, given twice or not finished.
     """
     runs = [open_run(folder) for folder in folders]
-    for run in runs[1:]:
-        _check_same(run.folder, run.settings, runs[0].settings, "shard")
+    asked = [run for run in runs if run.records]  # a part without a sample knows no backend
+    for run in runs:
+        _check_same(run.folder, run.settings, (asked or runs)[0].settings, "shard", *([] if run.records else [BACKEND]))
     parts = runs[0].settings["shard"][1]
     numbers = sorted(tuple(run.settings["shard"]) for run in runs)
     if numbers != [(number, parts) for number in range(1, parts + 1)]:
@@ -279,7 +306,7 @@ def merge(folders: Sequence[Path], target: Path) -> dict[str, Any]:
     wanted = runs[0].settings["samples"]
     if [record.index for record in records] != list(range(wanted)):
         raise InputError(f"the parts have {len(records)} of {wanted} samples", hint="Finish them with --resume first.")
-    settings = {**runs[0].settings, "shard": [1, 1]}
+    settings = {**(asked or runs)[0].settings, "shard": [1, 1]}
     if (target / SETTINGS).exists():
         raise InputError(f"{target} has a run already", hint="Name another folder.")
     target.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ _ANSWER_FIRST = "\nGive the answer first, then the reasons: The answer is X. BEC
 
 
 class ScienceQa(BaseTask):
-    """Reads ``problems.json``, ``pid_splits.json`` and ``images/SPLIT/ID/image.png``. For the letters, LLaVA's own
-    questions (``llava_SPLIT_CQM-A.json``) are taken where they are there.
+    """Reads ``problems.json``, ``pid_splits.json`` and ``images/SPLIT/ID/image.png``. LLaVA's own
+    questions (``llava_SPLIT_CQM-A.json`` and the like) are taken where they are there.
     """
 
     def __init__(self, format: str = "cqm-a", split: str = "test") -> None:
@@ -38,7 +38,7 @@ class ScienceQa(BaseTask):
             raise InputError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
         self._format = format
         self._split = split
-        self.max_tokens = 16 if format == "cqm-a" else 1024
+        self.max_tokens = 1024
 
     def read(self, data: Data) -> list[Sample]:
         """The problems of the split."""
@@ -51,7 +51,7 @@ class ScienceQa(BaseTask):
 
     def _published(self, data: Data) -> dict[str, str]:
         """LLaVA's questions by problem, without the mark for the picture."""
-        path = data.find(f"**/llava_{self._split}_CQM-A.json", optional=True) if self._format == "cqm-a" else None
+        path = data.find(f"**/llava_{self._split}_{self._format.upper()}.json", optional=True)
         if path is None:
             return {}
         return dict(data.entries(path, listed(data.json(path)), _published_question))
@@ -107,9 +107,10 @@ def read_letter(text: str, choices: int) -> str:
 def question_text(problem: Fields, choices: Sequence[str], *, context_first: bool) -> str:
     """Question, context and options in the order of the format."""
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(OPTIONS, choices, strict=False))
-    question = f"Question: {problem.text('question')}\n"
+    question = f"{problem.text('question')}\n"
     context = f"Context: {problem.text('hint').strip() or 'N/A'}\n"
-    opening = context + question if context_first else question + context
+    # LLaVA takes "Question: " away where a prompt begins with it.
+    opening = f"{context}Question: {question}" if context_first else question + context
     return f"{opening}Options: {options}".replace("  ", " ").strip()
 
 

@@ -41,6 +41,20 @@ def share(successes: int, trials: int) -> Metric:
     return Metric(successes / trials, *wilson(successes, trials)) if trials else Metric(None)
 
 
+def share_of(clusters: Sequence[str], right: Sequence[float]) -> Metric:
+    """The share of what is 1, not 0.
+
+    The interval is Wilson's where every picture comes once, or all are alike (then of as many as there are pictures),
+    and the bootstrap's where questions share pictures.
+    """
+    pictures = len(set(clusters))
+    if pictures == len(right):
+        return share(int(sum(right)), len(right))
+    if len(set(right)) == 1:
+        return Metric(float(right[0]), *wilson(right[0] * pictures, pictures))
+    return mean(clusters, right)
+
+
 def bootstrap(clusters: Sequence[str], columns: Array, statistic: Callable[[Array], float]) -> Metric:
     """A statistic of column sums ``[K]``, with the percentile interval over pictures drawn again 1,000 times.
 
@@ -52,6 +66,8 @@ def bootstrap(clusters: Sequence[str], columns: Array, statistic: Callable[[Arra
     value = statistic(sums.sum(axis=0))
     if math.isnan(value):
         return Metric(None)
+    if len(sums) == 1:  # every draw would be the same
+        return Metric(value)
     drawn = np.array([statistic(total) for total in redraw(sums)])
     drawn = drawn[~np.isnan(drawn)]
     if not len(drawn):

@@ -72,7 +72,7 @@ class BaseTask:
     """The parts of a task that most don't need."""
 
     headline = "accuracy"
-    max_tokens = 16
+    max_tokens = 128  # of LLaVA's own scripts; a model that answers with a word ends after it
     choose_by: ChoiceBy = "letter"
 
     def prepare(self, samples: Sequence[Sample]) -> None:

@@ -47,7 +47,7 @@ class TextVqa(BaseTask):
 
     def _made(self, data: Data, fields: Fields, tokens: dict[str, list[str]]) -> Sample:
         (image, _), (number, answers) = _annotation(fields)
-        question = fields.text("question")
+        question = fields.text("question").capitalize()  # as in LLaVA's file
         if self._ocr:
             if image not in tokens:
                 raise InputError(f"image_id is {image}, for which there are no OCR tokens")

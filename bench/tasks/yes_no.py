@@ -46,10 +46,27 @@ def detection_metrics(records: Sequence[Record], prefix: str = "") -> Metrics:
         "recall": lambda s: stats.ratio(s[0], s[0] + s[3]),
         "yes_ratio": lambda s: stats.ratio(s[0] + s[1], math.fsum(s)),
     }
-    metrics: Metrics = {f"{prefix}accuracy": stats.share(int(rows[:, 0].sum() + rows[:, 2].sum()), len(rows))}
+    metrics: Metrics = {f"{prefix}accuracy": stats.share_of(clusters, (rows[:, 0] + rows[:, 2]).tolist())}
     for name, statistic in statistics.items():
         metrics[prefix + name] = stats.bootstrap(clusters, rows, statistic)
     return metrics
+
+
+def mean_f1(parts: Sequence[Sequence[Record]]) -> stats.Metric:
+    """The mean of the parts' F1. Pictures that several parts ask about are drawn again together."""
+    clusters, rows = [], []
+    for number, part in enumerate(parts):
+        for record in part:
+            row = np.zeros((len(parts), 4))
+            row[number] = _outcome(record)
+            clusters.append(record.cluster)
+            rows.append(row.reshape(-1))
+
+    def mean(sums: stats.Array) -> float:
+        counts = sums.reshape(-1, 4)
+        return float(np.mean([stats.ratio(2 * tp, 2 * tp + fp + fn) for tp, fp, _, fn in counts]))
+
+    return stats.bootstrap(clusters, np.array(rows, dtype=np.float64).reshape(-1, 4 * len(parts)), mean)
 
 
 def _outcome(record: Record) -> tuple[bool, bool, bool, bool]:

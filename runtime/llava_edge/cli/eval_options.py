@@ -151,7 +151,7 @@ def _show_sharing(job: Job, values: dict[str, Any]) -> None:
         f"{result['questions']} questions on {result['pictures']} pictures, {result['same_answers']} answers the same",
         f"  one reading a picture   {result['shared_seconds']:.2f} s",
         f"  one reading a question  {result['separate_seconds']:.2f} s",
-        f"  times faster            {faster['value']:.2f}   {faster['low']:.2f} to {faster['high']:.2f}",
+        f"  times faster            {faster['value']:.2f}{interval(faster, '.2f')}",
     ]
     terminal.data("\n".join(lines) + "\n")
 
@@ -199,6 +199,11 @@ def table(summary: dict[str, Any]) -> str:
         interval = "" if metric["low"] is None else f"   {number(metric['low'])} to {number(metric['high'])}"
         lines.append(f"{mark} {name:{width}}  {number(metric['value']):>8}{interval}")
     return "\n".join(lines) + "\n"
+
+
+def interval(metric: dict[str, Any], digits: str) -> str:
+    """A metric's bounds behind its value; nothing where there are none."""
+    return "" if metric["low"] is None else f"   {metric['low']:{digits}} to {metric['high']:{digits}}"
 
 
 def number(value: float | None) -> str:

@@ -12,6 +12,7 @@ import click
 from llava_edge.cli import debug_option, terminal
 from llava_edge.cli.eval_options import (
     PATH,
+    interval,
     make_job,
     model_options,
     number,
@@ -103,7 +104,7 @@ def _comparison(result: dict[str, Any], first: Path, second: Path) -> str:
         f"{result['task']} · {result['samples']} samples, {result['left_out']} left out",
         f"  {first}  {number(result['mean_first'])}",
         f"  {second}  {number(result['mean_second'])}",
-        f"  difference  {difference['value']:+.4f}   {difference['low']:+.4f} to {difference['high']:+.4f}",
+        f"  difference  {difference['value']:+.4f}{interval(difference, '+.4f')}",
         f"  same answer  {result['same_answer']}",
     ]
     if result["mcnemar"] is not None:

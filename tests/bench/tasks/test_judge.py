@@ -134,6 +134,18 @@ class TestLlavaBench:
             review(answered, HttpJudge(server.url, "other"))
         assert review(answered, HttpJudge(server.url, "other"), overwrite=True)["judge"] == "other"
 
+    def test_judgements_by_other_rules_are_not_taken_for_these(self, answered, server):
+        server.reply = lambda text: (200, "8 7")
+        assert review(answered, HttpJudge(server.url, "gpt-4"))["rules_sha256"] is None
+        rules = dict.fromkeys(("conv", "detail", "complex"), "Say two numbers.")
+        for changed in ({"rules": rules}, {"max_tokens": 7}):
+            with pytest.raises(InputError, match="by other rules or of another length"):
+                review(answered, HttpJudge(server.url, "gpt-4"), **changed)
+        assert review(answered, HttpJudge(server.url, "gpt-4"), rules=rules, overwrite=True)["rules_sha256"]
+        (answered / "summary.json").unlink()
+        with pytest.raises(InputError, match="is not finished"):
+            review(answered, HttpJudge(server.url, "gpt-4"), rules=rules)
+
     @pytest.mark.parametrize(
         ("text", "scores"),
         [("8 9", [8, 9]), ("7, 8.5\nwhy", [7, 8.5]), ("8/10 9/10", None), ("8 9 10", None), ("", None),

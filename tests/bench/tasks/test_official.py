@@ -150,7 +150,7 @@ class TestVqaV2:
 class TestTextVqa:
     @pytest.fixture
     def folder(self, files, tmp_path):
-        rows = [{"question_id": 7, "image_id": "ab", "question": "What Brand?", "answers": ["Nokia"] * 10}]
+        rows = [{"question_id": 7, "image_id": "ab", "question": "what brand?", "answers": ["Nokia"] * 10}]
         files.json(tmp_path / "TextVQA_0.5.1_val.json", {"data": rows})
         ocr = [{"image_id": "ab", "ocr_tokens": ["NOKIA", "12:01"]}]
         files.json(tmp_path / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": ocr})
@@ -159,13 +159,13 @@ class TestTextVqa:
 
     def test_prompts_made_are_the_prompts_published(self, files, folder):
         (made,) = TextVqa().read(Data(folder))
-        assert made.question == f"What Brand?\nReference OCR token: NOKIA, 12:01{SHORT}"
+        assert made.question == f"What brand?\nReference OCR token: NOKIA, 12:01{SHORT}"
         files.jsonl(
             folder / "llava_textvqa_val_v051_ocr.jsonl",
             [{"question_id": "ab", "image": "ab.jpg", "text": made.question, "category": "default"}],
         )
         assert TextVqa().read(Data(folder)) == [made]
-        assert TextVqa(ocr=False).read(Data(folder))[0].question == f"What Brand?{SHORT}"
+        assert TextVqa(ocr=False).read(Data(folder))[0].question == f"What brand?{SHORT}"
 
     def test_the_answer_is_weighed_by_evalai_s_rule(self, folder):
         (sample,) = TextVqa().read(Data(folder))
@@ -272,7 +272,7 @@ class TestScienceQa:
     def test_the_three_formats(self, folder):
         texts = {name: ScienceQa(name).read(Data(folder))[1].question for name in ("qcm-lea", "qcm-ale", "cqm-a")}
         options = "Options: (A) a whale (B) a mouse"
-        assert texts["qcm-lea"] == f"Question: Which is bigger?\nContext: Look here.\n{options}"
+        assert texts["qcm-lea"] == f"Which is bigger?\nContext: Look here.\n{options}"
         assert texts["qcm-ale"].startswith(texts["qcm-lea"] + "\n")
         assert texts["cqm-a"] == (
             f"Context: Look here.\nQuestion: Which is bigger?\n{options}\n"
@@ -284,6 +284,8 @@ class TestScienceQa:
         rows = [{"id": "1", "conversations": [{"from": "human", "value": "<image>\nWhich?\nA. whale\nB. mouse"}]}]
         files.json(folder / "llava_test_CQM-A.json", rows)
         assert ScienceQa().read(Data(folder))[0].question.startswith("Which?\nA. whale\nB. mouse\nAnswer with")
+        files.json(folder / "llava_test_QCM-LEA.json", [{**rows[0], "id": "2"}])
+        assert ScienceQa("qcm-lea").read(Data(folder))[1].question == "Which?\nA. whale\nB. mouse"
 
     def test_groups_of_a_worked_example(self, folder, make_record):
         task = ScienceQa()

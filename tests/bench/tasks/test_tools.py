@@ -64,7 +64,13 @@ class TestReport:
         runs.append(open_run(evaluate_tiny("pope", pope_data, "more", choice=choice).folder))
         lines = markdown_table(runs).splitlines()
         assert lines[0] == "| task | samples | metric | tiny F32, 4 tokens | tiny F32, 16 tokens |"
-        assert [line.split(" | ")[2] for line in lines[2:]] == ["f1", "accuracy", "precision", "recall", "yes_ratio"]
+        assert [line.split(" | ")[2] for line in lines[2:]] == [
+            "mean_f1",
+            "accuracy",
+            "precision",
+            "recall",
+            "yes_ratio",
+        ]
         accuracy = json.loads((runs[0].folder / "summary.json").read_text())["metrics"]["accuracy"]
         assert f"| {accuracy['value']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f}) |" in lines[3]
         with pytest.raises(InputError, match="two runs of pope are on tiny"):
