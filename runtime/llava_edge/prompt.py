@@ -127,6 +127,10 @@ class BundleFormat:
         return segments
 
 
+# Names of special tokens that are cut out of one text, each within what the last cut left.
+MAX_CUTS = 256
+
+
 class PromptTokenizer:
     """Turns segments into runs of tokens and pictures.
 
@@ -172,6 +176,9 @@ class PromptTokenizer:
 
     def plain(self, text: str) -> list[int]:
         """Tokens of text that is taken by the letter: none of them is a special token."""
+        return self._plain(text, 0)
+
+    def _plain(self, text: str, cut: int) -> list[int]:
         if not text:
             return []
         try:
@@ -184,10 +191,10 @@ class PromptTokenizer:
         # The vocabulary makes a special token of its name even in plain text: cut the name in two.
         name = self._vocabulary.token_text(forged)
         cuts = [found.start() + 1 for found in re.finditer(re.escape(name), text)] if len(name) > 1 else []
-        if not cuts:
+        if not cuts or cut == MAX_CUTS:
             raise InputError(f"the text can't be written without the special token {name!r}")
         edges = [0, *cuts, len(text)]
-        return [token for a, b in itertools.pairwise(edges) for token in self.plain(text[a:b])]
+        return [token for a, b in itertools.pairwise(edges) for token in self._plain(text[a:b], cut + 1)]
 
     def _run(self, parts: Iterable[str | int]) -> list[Unit]:
         """One run of special tokens and the joined text between them, or nothing."""

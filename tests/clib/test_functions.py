@@ -20,21 +20,29 @@ import mutate
 import numpy as np
 import PIL
 import pytest
-from clib import ROOT
+from clib import (
+    BUSY,
+    CONTEXT_FULL,
+    IMAGE_INVALID,
+    IMAGE_LIMIT,
+    IMAGE_UNSUPPORTED,
+    INVALID_ARGUMENT,
+    IO,
+    KNOWN,
+    MODEL_INVALID,
+    NOT_FOUND,
+    OK,
+    ROOT,
+    STATE_INVALID,
+    STOPPED,
+    UNSUPPORTED,
+    ModelParams,
+    load,
+    manifest_of,
+    said,
+)
 from PIL import Image
 from towers import Shape, Type, write
-
-OK, INVALID_ARGUMENT, BUSY, NOT_FOUND, IO, MODEL_INVALID, UNSUPPORTED = 0, 10, 11, 20, 21, 30, 31
-IMAGE_INVALID, IMAGE_LIMIT, IMAGE_UNSUPPORTED, CONTEXT_FULL, STOPPED, STATE_INVALID = 40, 41, 42, 50, 51, 60
-KNOWN = {OK, INVALID_ARGUMENT, NOT_FOUND, IO, MODEL_INVALID, UNSUPPORTED, 32, IMAGE_INVALID, IMAGE_LIMIT,
-         IMAGE_UNSUPPORTED, CONTEXT_FULL, STATE_INVALID, 70, 80}  # fmt: skip
-
-
-class ModelParams(ctypes.Structure):
-    _fields_ = (
-        ("struct_size", ctypes.c_size_t),
-        *((name, ctypes.c_int32) for name in ("n_ctx", "n_threads", "n_gpu_layers", "image_tokens", "self_check")),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +63,11 @@ def session(library, model):
     library.llava_edge_session_free(handle)
 
 
-def load(library, directory) -> int:
-    handle = ctypes.c_void_p(1)
-    status = library.llava_edge_model_load(str(directory).encode(), None, ctypes.byref(handle))
-    assert bool(handle) == (status == OK)
-    return status
-
-
 def load_tower(library, path) -> int:
     handle = ctypes.c_void_p()
     status = library.llava_edge_tower_load(str(path).encode(), None, ctypes.byref(handle))
     library.llava_edge_tower_free(handle)
     return status
-
-
-def said(library) -> str:
-    return library.llava_edge_last_error().decode()
 
 
 def ask(library, session, text: str) -> int:
@@ -115,10 +112,6 @@ def test_a_parameter_out_of_range_is_named(library, nano, field, value):
     status = library.llava_edge_model_load(str(nano).encode(), ctypes.byref(params), ctypes.byref(handle))
     assert status == INVALID_ARGUMENT
     assert field in said(library)
-
-
-def manifest_of(nano) -> dict:
-    return json.loads((nano / "llava-edge.json").read_text())
 
 
 @pytest.fixture

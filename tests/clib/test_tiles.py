@@ -8,9 +8,8 @@ import json
 import conformance
 import numpy as np
 import pytest
-from clib import ROOT, command
+from clib import MODEL_INVALID, OK, ROOT, ModelParams, command, load, manifest_of, said
 from PIL import Image
-from test_functions import MODEL_INVALID, OK, ModelParams, load, manifest_of, said
 from towers import Shape, Type, write
 
 import llava_edge
