@@ -244,10 +244,10 @@ def test_a_language_model_that_would_abort_llama_cpp_is_refused(
     assert words in said(library)
 
 
-def test_a_projector_that_takes_too_much_memory_is_refused(library, tmp_path):
-    wide = Shape(width=32, hidden=32, heads=1, blocks=1, image=256, patch=4, layers=(1,), out=1 << 15, projector=1)
+def test_a_tower_that_is_too_wide_for_its_patches_is_refused(library, tmp_path):
+    wide = Shape(width=32, hidden=1 << 16, heads=1, blocks=1, image=256, patch=4, layers=(1,))
     assert load_tower(library, write(tmp_path / "wide.gguf", wide, Type.F16)) == MODEL_INVALID
-    assert "4096 patches" in said(library)
+    assert "up to 65536 wide with 4096 patches" in said(library)
 
 
 def test_attention_that_takes_too_much_memory_is_refused(library, tmp_path):
