@@ -457,17 +457,17 @@ def test_a_stop_reaches_an_answer_that_waits_for_its_turn(library, model, sessio
 
 def test_a_question_that_fails_leaves_the_last_answer_to_be_read(library, session):
     class Result(ctypes.Structure):
-        _fields_ = (("struct_size", ctypes.c_size_t), ("text", ctypes.c_char_p), ("rest", ctypes.c_uint8 * 80))
+        _fields_ = (("struct_size", ctypes.c_size_t), ("text", ctypes.c_void_p), ("rest", ctypes.c_uint8 * 80))
 
     result = Result()
     library.llava_edge_result_init(ctypes.byref(result))
     assert library.llava_edge_session_add_text(session, 1, b"What is a cat?") == OK
     assert library.llava_edge_session_generate(session, None, None, None, ctypes.byref(result)) == OK
-    text = bytes(result.text)
+    text = ctypes.string_at(result.text)
     assert text
     assert library.llava_edge_session_generate(session, None, None, None, None) == INVALID_ARGUMENT
     assert ask(library, session, "many words " * 2000) == CONTEXT_FULL
-    assert ctypes.string_at(ctypes.cast(result.text, ctypes.c_void_p)) == text
+    assert ctypes.string_at(result.text) == text
 
 
 def test_a_session_of_another_prompt_format_is_refused(library, session, bundle, nano, tmp_path):

@@ -168,7 +168,7 @@ def test_an_answer_that_a_stop_text_cut_in_a_token_goes_on_as_its_text(
     """The server remembers the tokens of its answers, but here they are not what was shown."""
     messages: list[Any] = [question(ASK, photos[0])]
     whole = client.chat.completions.create(model="nano", messages=messages, max_tokens=8).choices[0].message.content
-    word = (whole or "").split()[2]
+    word = (whole or "").split()[-1]
     cut = client.chat.completions.create(model="nano", messages=messages, max_tokens=8, stop=word[1:])
     shown = cut.choices[0].message.content or ""
     assert shown.endswith(word[0])
