@@ -36,7 +36,8 @@ def test_a_run_its_files_and_its_table(run, shapes, tmp_path):
     assert result.code == 0, result.err
     assert result.out.splitlines()[0] == "easy-vqa · nano · 4 samples"
     assert result.out.splitlines()[1].startswith("* accuracy")
-    assert {path.name for path in (tmp_path / "r").iterdir()} == {"run.json", "samples.jsonl", "summary.json"}
+    files = {path.name for path in (tmp_path / "r").iterdir()}
+    assert files - {".lock"} == {"run.json", "samples.jsonl", "summary.json"}
     assert len((tmp_path / "r" / "samples.jsonl").read_text().splitlines()) == 4
 
 
