@@ -119,10 +119,10 @@ def test_an_empty_cache_can_be_saved_too(shared: Engine) -> None:
     assert (cache.tokens, shared.position(2)) == (0, 0)
 
 
-def test_a_prefill_pauses_before_every_unit_and_batch_and_can_be_given_up(shared: Engine) -> None:
+def test_a_prefill_pauses_between_units_and_batches_and_can_be_given_up(shared: Engine) -> None:
     cache = KvCache(shared, 1)
     steps = cache.prefill_steps([TokenRun(tuple(range(5, 69))), TokenRun(tuple(range(5, 135)))], {})
-    assert [next(steps) or shared.position(1) for _ in range(3)] == [0, 64, 128]
+    assert [next(steps) or shared.position(1) for _ in range(3)] == [64, 128, 192]
     steps.close()
     assert shared.position(1) == 64
     assert cache.tokens == 64
