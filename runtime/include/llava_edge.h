@@ -372,8 +372,8 @@ LLAVA_EDGE_API llava_edge_status llava_edge_tower_encode(llava_edge_tower *tower
 /* ---- Advanced: preprocessing ---------------------------------------------------------------------------------- */
 
 /*
- * Resize a picture as the BICUBIC of Pillow 13 does, bit for bit. Both have 8 bits a channel, R G B; strides are bytes from row
- * to row (0: 3 * width). Fails with INVALID_ARGUMENT, IMAGE_LIMIT, OUT_OF_MEMORY. Any thread.
+ * Resize a picture as the BICUBIC of Pillow 13 does, bit for bit. Both have 8 bits a channel, R G B; strides are bytes
+ * from row to row (0: 3 * width). Fails with INVALID_ARGUMENT, IMAGE_LIMIT, OUT_OF_MEMORY. Any thread.
  */
 LLAVA_EDGE_API llava_edge_status llava_edge_resize(const uint8_t *pixels, int32_t width, int32_t height, size_t stride,
                                                    uint8_t *resized, int32_t new_width, int32_t new_height,
