@@ -513,7 +513,7 @@ llava_edge_status llava_edge_resize(const uint8_t * pixels, int32_t width, int32
         require(width > 0 && height > 0 && new_width > 0 && new_height > 0, "a width or height is below 1");
         check_image_size(width, height);
         check_image_size(new_width, new_height);
-        check_image_size(new_width, height);  // on the way from one to the other
+        // On the way it never grows beyond the larger of the two: resized() shrinks before it enlarges.
         check_stride("stride", &stride, width);
         check_stride("new_stride", &new_stride, new_width);
         const Image  done = resized(copy_rgb(pixels, width, height, stride), new_width, new_height);

@@ -330,7 +330,8 @@ def compare_with_pillow(library, size, target):
 def test_resizing_over_a_picture_that_is_too_large_is_refused(library):
     pixel = (ctypes.c_uint8 * 3)()
     tight = ctypes.c_size_t(0)
-    assert library.llava_edge_resize(pixel, 895, 44690, tight, pixel, 44690, 895, tight) == IMAGE_LIMIT
+    for size, target in (((44690, 44690), (1, 1)), ((1, 1), (44690, 44690)), ((1, 1), (101, 1))):
+        assert library.llava_edge_resize(pixel, *size, tight, pixel, *target, tight) == IMAGE_LIMIT
     assert library.llava_edge_resize(pixel, 0, 1, tight, pixel, 1, 1, tight) == INVALID_ARGUMENT
 
 
