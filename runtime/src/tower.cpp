@@ -102,9 +102,12 @@ struct Tower::Impl {
 
     ggml_context * g() const { return context.get(); }
 
-    ggml_tensor * linear(const Linear & l, ggml_tensor * x) const {
+    ggml_tensor * linear(const Linear & l, ggml_tensor * x, Activation activation = Activation::None) const {
         if (l.q8) {
-            return l.q8->multiply(g(), Q8Linear::quantize(g(), x), l.bias);
+            return l.q8->multiply(g(), x, l.bias, activation);
+        }
+        if (activation != Activation::None) {
+            x = activation == Activation::QuickGelu ? ggml_gelu_quick(g(), x) : ggml_gelu(g(), x);
         }
         ggml_tensor * y = ggml_mul_mat(g(), l.weight, x);
         return l.bias != nullptr ? ggml_add(g(), y, l.bias) : y;
@@ -137,19 +140,16 @@ struct Tower::Impl {
             return ggml_view_3d(g(), from, each, heads, tokens, static_cast<size_t>(each) * sizeof(float), from->nb[1],
                                 made.size() == 1 ? static_cast<size_t>(n * width) * sizeof(float) : 0);
         };
-        ggml_tensor * q = ggml_permute(g(), part(0), 0, 2, 1, 3);                 // [E, T, H]
-        ggml_tensor * k = ggml_permute(g(), part(1), 0, 2, 1, 3);                 // [E, T, H]
-        ggml_tensor * v = ggml_cont(g(), ggml_permute(g(), part(2), 1, 2, 0, 3));  // [T, E, H]
-        ggml_tensor * scores = ggml_soft_max_ext(g(), ggml_mul_mat(g(), k, q), nullptr, 1.0f / std::sqrt(static_cast<float>(each)), 0.0f);
-        ggml_tensor * mixed  = ggml_permute(g(), ggml_mul_mat(g(), v, scores), 0, 2, 1, 3);  // [E, H, T]
-        return linear(b.out, ggml_cont_2d(g(), mixed, width, tokens));
+        const auto by_head = [&](int64_t n) { return ggml_permute(g(), part(n), 0, 2, 1, 3); };  // [E, T, H]
+        ggml_tensor * mixed = ggml_flash_attn_ext(g(), by_head(0), by_head(1), by_head(2), nullptr,
+                                                  1.0f / std::sqrt(static_cast<float>(each)), 0.0f, 0.0f);  // [E, H, T]
+        return linear(b.out, ggml_reshape_2d(g(), mixed, width, tokens));
     }
 
     ggml_tensor * block(const Block & b, ggml_tensor * x) const {
         x = ggml_add(g(), x, attention(b, norm(b.norm1, x)));
         ggml_tensor * wide = linear(b.up, norm(b.norm2, x));
-        wide               = shape.quick_gelu ? ggml_gelu_quick(g(), wide) : ggml_gelu(g(), wide);
-        return ggml_add(g(), x, linear(b.down, wide));
+        return ggml_add(g(), x, linear(b.down, wide, shape.quick_gelu ? Activation::QuickGelu : Activation::Gelu));
     }
 
     // The hidden states that are read, side by side, without the class token: [features * W, P].
