@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -112,3 +113,19 @@ def test_python_and_the_library_share_one_copy_of_llama_cpp(library_file, nano):
     environment = {**os.environ, "LLAVA_EDGE_LIBRARY": str(library_file)}
     found = command(sys.executable, "-c", code, env=environment).stdout.split()
     assert found == ["native", "libggml", "libggml-base", "libggml-cpu", "libllama"]
+
+
+def test_the_readers_of_pictures_are_compared(library_file):
+    environment = {**os.environ, "LLAVA_EDGE_LIBRARY": str(library_file)}
+    arguments = ["--shape", "nano", "--first", "mtmd:Q8_0", "--second", "native:Q8_0", "--pairs", "2"]
+    found = json.loads(command(sys.executable, "-m", "llava_edge.bench.towers", *arguments, env=environment).stdout)
+    assert found["ratio"]["least"] <= found["ratio"]["median"] <= found["ratio"]["most"]
+    assert min(found[name]["seconds"] for name in ("mtmd:Q8_0", "native:Q8_0")) > 0
+    assert 0.999 < found["cosine"]["mean"] < 1
+
+
+def test_an_unknown_reader_is_named():
+    arguments = [sys.executable, "-m", "llava_edge.bench.towers", "--shape", "nano", "--first", "onnx:F16"]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: no such reader: onnx:F16; expected mtmd|native:F16|Q8_0\n"

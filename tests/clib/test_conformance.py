@@ -26,3 +26,8 @@ def test_c_and_python_give_the_same_tokens(built, library_file, environment, nan
     assert in_c == in_python
     if conformance.machine() == suite["recorded_with"]:
         assert in_python == {case["name"]: case["expected"] for case in suite["cases"]}
+
+
+def test_threads_that_share_a_model_get_the_answers_of_one_alone(built, environment, nano):
+    done = command(built / "llava_edge_threads", nano, ROOT / "examples", "1", env=environment, timeout=600)
+    assert done.stdout.startswith("12 answers, ")

@@ -104,6 +104,7 @@ def run_all(
 
 if __name__ == "__main__":
     os.environ["LLAVA_EDGE_LIBRARY"] = sys.argv[1]
+    os.environ["LLAVA_EDGE_CACHE_MB"] = "0"  # as in the tests: what lies on disk would count as cached
     suite = read_cases()
     results = run_all(suite["cases"])
     for case in suite["cases"]:
