@@ -33,7 +33,7 @@ def open_reference(source: Path, work: Path, settings: QuantsSettings, image_tok
                 f"{source} has random weights: what quantisation costs can't be seen on it",
                 hint="`llava-edge bench speed --synthetic` compares the speed of types.",
             )
-        used = {"llm", *(tower.role for tower in (reference_tower(manifest), *towers(settings, manifest)))}
+        used = {"llm", *(tower.role for tower in (reference_tower(manifest), *towers(settings, subject.bundle)))}
         for file in manifest.files:
             floats = _FLOATS.get(file.role, ())
             if file.role in used and file.type not in floats:
@@ -52,7 +52,7 @@ def open_reference(source: Path, work: Path, settings: QuantsSettings, image_tok
         from llava_edge.convert import convert_checkpoint
 
         convert_checkpoint(source, converted, llm_type="F16", mmproj_type="F16", vision="fp32", progress=say)
-    towers(settings, open_bundle(converted).manifest)
+    towers(settings, open_bundle(converted))
     return open_subject(converted, image_tokens)
 
 

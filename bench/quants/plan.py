@@ -12,7 +12,8 @@ from llava_edge.bench.models import LLM_TYPES, Subject
 from llava_edge.bench.quality.data import Data
 from llava_edge.bench.quality.measure import QualitySettings
 from llava_edge.bench.speed.measure import SpeedSettings
-from llava_edge.bundle import Backend, Manifest, Role
+from llava_edge.bundle import Backend, Bundle, Manifest, Role
+from llava_edge.convert.parity import mtmd_defect
 from llava_edge.convert.quantize import MMPROJ_TYPES, check_type
 from llava_edge.errors import InputError
 from llava_edge.quant_types import VISION_TYPES
@@ -91,21 +92,23 @@ def reference_tower(manifest: Manifest) -> Tower:
     return Tower(role, types[role])
 
 
-def towers(settings: QuantsSettings, manifest: Manifest) -> list[Tower]:
-    """The towers that are asked for, or where none are, those that the bundle's backends suggest.
+def towers(settings: QuantsSettings, bundle: Bundle) -> list[Tower]:
+    """The towers that are asked for, or where none are, those that the bundle's backends suggest and that are right.
 
     Raises
     ------
     InputError
-        A tower that the bundle has no file for, or that no backend of the bundle runs.
+        A tower that the bundle has no file for, that no backend of the bundle runs, or that llama.cpp reads wrongly.
     """
+    manifest = bundle.manifest
+    defect = mtmd_defect(bundle) if bundle.has("mmproj") else None
     run = {ROLE_OF[name] for name in manifest.backends if name in ROLE_OF}
     asked: list[tuple[Role, Sequence[str]]] = [
         ("vision_onnx", settings.vision_types),
         ("mmproj", settings.mmproj_types),
     ]
     if not any(kinds for _, kinds in asked):
-        asked = [("vision_onnx", ONNX_TYPES), ("mmproj", ("Q8_0",))]
+        asked = [("vision_onnx", ONNX_TYPES), ("mmproj", () if defect and "vision_onnx" in run else ("Q8_0",))]
         asked = [(role, kinds) for role, kinds in asked if role in run]
     for role, kinds in asked:
         if kinds and role not in run:
@@ -113,13 +116,18 @@ def towers(settings: QuantsSettings, manifest: Manifest) -> list[Tower]:
                 f"{manifest.name} runs with {', '.join(manifest.backends)}: another {role} would change nothing",
                 hint="Leave --mmproj-types away." if role == "mmproj" else "Convert the checkpoint with --vision fp32.",
             )
+        if kinds and role == "mmproj" and defect:
+            raise InputError(
+                f"{manifest.name} can't be measured with its mmproj: {defect}",
+                hint="Leave --mmproj-types away." if "vision_onnx" in run else "Convert with --vision fp32.",
+            )
     return [Tower(role, kind) for role, kinds in asked for kind in kinds]
 
 
-def variants(settings: QuantsSettings, manifest: Manifest) -> list[Variant]:
+def variants(settings: QuantsSettings, bundle: Bundle) -> list[Variant]:
     """Every type with every tower, language models of one type together; the reference first, asked for or not."""
-    pairs = [Variant(llm, tower) for llm in settings.types for tower in towers(settings, manifest)]
-    return list(dict.fromkeys([Variant("F16", reference_tower(manifest)), *pairs]))
+    pairs = [Variant(llm, tower) for llm in settings.types for tower in towers(settings, bundle)]
+    return list(dict.fromkeys([Variant("F16", reference_tower(bundle.manifest)), *pairs]))
 
 
 def check_space(settings: QuantsSettings, reference: Subject, data: Data | None, folder: Path, *, keep: bool) -> None:
@@ -127,7 +135,7 @@ def check_space(settings: QuantsSettings, reference: Subject, data: Data | None,
     sizes = {file.role: file.bytes for file in reference.bundle.manifest.files}
     models = [sizes["llm"] * _share(kind) for kind in settings.types if kind != "F16"]
     needed = sum(models) if keep else max(models, default=0)
-    wanted = towers(settings, reference.bundle.manifest)
+    wanted = towers(settings, reference.bundle)
     needed += sum(sizes[tower.role] * _share(tower.type) for tower in wanted if tower.type not in ("F16", "fp32"))
     if reference.bundle.directory.stat().st_dev != folder.stat().st_dev:
         needed += sum(sizes.values())  # no links across file systems
@@ -152,6 +160,6 @@ def _cache_bytes(settings: QuantsSettings, reference: Subject, data: Data) -> fl
     turns: Sequence[int] = [len(sample.turns) for sample in data.samples] or [0]
     tokens = sum(turns) * settings.quality.answer_tokens
     embeddings = (
-        len(data.samples) * reference.image_tokens * width * 4 * (len(towers(settings, reference.bundle.manifest)) + 1)
+        len(data.samples) * reference.image_tokens * width * 4 * (len(towers(settings, reference.bundle)) + 1)
     )
     return tokens * vocabulary * 2 + embeddings

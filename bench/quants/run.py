@@ -78,7 +78,7 @@ class _Run:
         self._settings, self._data, self._work, self._keep, self._say = settings, data, work, keep, say
         self._tasks = tasks
         self._reference = open_reference(source, work, settings, image_tokens, say)
-        self._variants = variants(settings, self._reference.bundle.manifest)
+        self._variants = variants(settings, self._reference.bundle)
         self._facts = {
             **settings.facts(data),
             "tasks": {task.name: task.facts for task in tasks},

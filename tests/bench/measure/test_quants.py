@@ -24,7 +24,7 @@ from llava_edge.bench.report.files import write_report
 from llava_edge.bench.report.html import page
 from llava_edge.bench.speed.measure import SpeedSettings
 from llava_edge.bench.speed.repeat import Limits
-from llava_edge.bundle import BundleFile, open_bundle
+from llava_edge.bundle import Bundle, BundleFile, open_bundle
 from llava_edge.errors import InputError
 
 SETTINGS = QuantsSettings(
@@ -241,22 +241,39 @@ def test_what_makes_results_incomparable_is_pointed_out(result: Result) -> None:
         compare(result, replace(result, rows=(replace(result.rows[0], label="x"), replace(result.rows[0], label="y"))))
 
 
-def test_towers_are_those_that_the_backends_run_or_that_are_asked_for(f16_bundle: Path) -> None:
-    manifest = open_bundle(f16_bundle).manifest
+def with_onnx(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle as if it had an ONNX tower, too."""
     onnx = BundleFile("vision-fp32.onnx", "vision_onnx", "0" * 64, 1, "fp32")
-    both = replace(manifest, files=(*manifest.files, onnx), backends=("onnx", "mtmd"))
-    clip = replace(both, backends=("onnx",))  # llama.cpp reads this tower wrongly
+    fields = {"files": (*bundle.manifest.files, onnx), "backends": ("onnx", "mtmd"), **changes}
+    return replace(bundle, manifest=replace(bundle.manifest, **fields))
+
+
+def test_towers_are_those_that_the_backends_run_or_that_are_asked_for(f16_bundle: Path) -> None:
+    plain = open_bundle(f16_bundle)
+    both, only = with_onnx(plain), with_onnx(plain, backends=("onnx",))
     fp32, int8, q8 = Tower("vision_onnx", "fp32"), Tower("vision_onnx", "int8"), Tower("mmproj", "Q8_0")
-    assert towers(QuantsSettings(), manifest) == [q8]
+    assert towers(QuantsSettings(), plain) == [q8]
     assert towers(QuantsSettings(), both) == [fp32, int8, q8]
-    assert towers(QuantsSettings(), clip) == [fp32, int8]
+    assert towers(QuantsSettings(), only) == [fp32, int8]
     assert towers(QuantsSettings(mmproj_types=("Q8_0",), vision_types=("INT8",)), both) == [int8, q8]
-    assert (reference_tower(manifest), reference_tower(both)) == (Tower("mmproj", "F16"), fp32)
+    assert reference_tower(plain.manifest) == Tower("mmproj", "F16")
+    assert reference_tower(both.manifest) == fp32
     assert [v.name for v in variants(QuantsSettings(("Q4_0",), ("Q8_0",)), both)] == ["F16-fp32", "Q4_0-Q8_0"]
     with pytest.raises(InputError, match="runs with onnx: another mmproj would change nothing"):
-        towers(QuantsSettings(mmproj_types=("Q8_0",)), clip)
+        towers(QuantsSettings(mmproj_types=("Q8_0",)), only)
     with pytest.raises(InputError, match="runs with mtmd: another vision_onnx would change nothing"):
-        towers(QuantsSettings(vision_types=("int8",)), manifest)
+        towers(QuantsSettings(vision_types=("int8",)), plain)
+
+
+def test_a_tower_that_llama_cpp_reads_wrongly_is_left_out(f16_bundle: Path) -> None:
+    parity = {"mtmd": {"F16": {"right": False, "why": "positions are off by one"}}}
+    plain = open_bundle(f16_bundle)
+    clip = with_onnx(plain, parity=parity)
+    alone = replace(plain, manifest=replace(plain.manifest, parity=parity))
+    assert towers(QuantsSettings(), clip) == [Tower("vision_onnx", "fp32"), Tower("vision_onnx", "int8")]
+    for bundle, settings in ((clip, QuantsSettings(mmproj_types=("F16",))), (alone, QuantsSettings())):
+        with pytest.raises(InputError, match="can't be measured with its mmproj: positions are off by one"):
+            towers(settings, bundle)
 
 
 def test_variants_are_named_for_files() -> None:
