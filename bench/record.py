@@ -115,6 +115,7 @@ class Result:
     warnings: tuple[str, ...] = ()
     recommendations: tuple[Recommendation, ...] = ()
     schema: int = SCHEMA
+    onnxruntime_version: str = ""
 
     def to_json(self) -> str:
         """The record as JSON text."""
@@ -183,6 +184,7 @@ def _result(f: Fields) -> Result:
         warnings=f.texts("warnings"),
         recommendations=tuple(entry.build(_recommendation) for entry in f.objects("recommendations")),
         schema=f.integer("schema"),
+        onnxruntime_version=f.text("onnxruntime_version") if f.has("onnxruntime_version") else "",
     )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_edge.bench.models import LLM_TYPES, Subject
 from llava_edge.bench.quality.data import Data
@@ -19,8 +20,12 @@ from llava_edge.errors import InputError
 from llava_edge.quant_types import VISION_TYPES
 from llava_edge.vision.backends import ROLE_OF
 
+if TYPE_CHECKING:
+    from llava_edge.convert.checkpoint import Checkpoint
+
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 ONNX_TYPES = tuple(kind for kind in VISION_TYPES if kind != "none")
+MADE = ("parts", "bundles", "cache")  # folders of files that can be made again
 # Bits a weight of 16, rounded up; a tensor that falls back takes more, so that the greatest is assumed for the others.
 _BITS = {"F32": 32.0, "F16": 16.1, "BF16": 16.1, "Q6_K": 6.9, "Q5_K_M": 6.2, "Q5_K_S": 6.2, "Q4_0": 5.2, "int8": 4.3}
 _MOST_BITS = 8.6
@@ -130,10 +135,22 @@ def variants(settings: QuantsSettings, bundle: Bundle) -> list[Variant]:
     return list(dict.fromkeys([Variant("F16", reference_tower(bundle.manifest)), *pairs]))
 
 
-def check_space(settings: QuantsSettings, reference: Subject, data: Data | None, folder: Path, *, keep: bool) -> None:
-    """Refuse to begin what would end with a full disk."""
+def check_space(
+    settings: QuantsSettings,
+    todo: Sequence[Variant],
+    reference: Subject,
+    data: Data | None,
+    folder: Path,
+    *,
+    keep: bool,
+) -> None:
+    """Refuse to begin what would end with a full disk. What a stopped run has made in ``folder`` is room as well.
+
+    ``todo`` are the variants that are to be measured yet: without ``keep`` nothing is left of the others.
+    """
     sizes = {file.role: file.bytes for file in reference.bundle.manifest.files}
-    models = [sizes["llm"] * _share(kind) for kind in settings.types if kind != "F16"]
+    types = settings.types if keep else {variant.llm_type for variant in todo}
+    models = [sizes["llm"] * _share(kind) for kind in types if kind != "F16"]
     needed = sum(models) if keep else max(models, default=0)
     wanted = towers(settings, reference.bundle)
     needed += sum(sizes[tower.role] * _share(tower.type) for tower in wanted if tower.type not in ("F16", "fp32"))
@@ -141,12 +158,37 @@ def check_space(settings: QuantsSettings, reference: Subject, data: Data | None,
         needed += sum(sizes.values())  # no links across file systems
     if data is not None:
         needed += _cache_bytes(settings, reference, data)
+    check_room(needed - _made_bytes(folder, reference.bundle), folder)
+
+
+def conversion_bytes(settings: QuantsSettings, checkpoint: Checkpoint) -> float:
+    """What a checkpoint's conversion to floats takes, and the largest type that is made of it.
+
+    A tower is written twice and once as float32, but is small beside the language model.
+    """
+    weights = checkpoint.open_weights()
+    elements = sum(math.prod(weights.shape(name)) for name in weights.names(""))
+    return elements * 2 * (1 + max((_share(kind) for kind in settings.types if kind != "F16"), default=0))
+
+
+def check_room(needed: float, folder: Path) -> None:
+    """InputError where a folder's file system has less than so many bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"about {needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free",
             hint="Make room, choose another --output, or fewer types and samples.",
         )
+
+
+def _made_bytes(folder: Path, reference: Bundle) -> int:
+    """Bytes of the files that a run leaves on the way; a link to a file of the reference takes none."""
+    states = [path.stat() for name in MADE for path in (folder / name).rglob("*") if path.is_file()]
+    sizes = {(state.st_dev, state.st_ino): state.st_size for state in states}
+    for file in reference.manifest.files:
+        state = (reference.directory / file.path).stat()
+        sizes.pop((state.st_dev, state.st_ino), None)
+    return sum(sizes.values())
 
 
 def _share(kind: str) -> float:
@@ -159,7 +201,5 @@ def _cache_bytes(settings: QuantsSettings, reference: Subject, data: Data) -> fl
     width, vocabulary = table.shape
     turns: Sequence[int] = [len(sample.turns) for sample in data.samples] or [0]
     tokens = sum(turns) * settings.quality.answer_tokens
-    embeddings = (
-        len(data.samples) * reference.image_tokens * width * 4 * (len(towers(settings, reference.bundle)) + 1)
-    )
+    embeddings = len(data.samples) * reference.image_tokens * width * 4 * (len(towers(settings, reference.bundle)) + 1)
     return tokens * vocabulary * 2 + embeddings

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import shutil
@@ -13,12 +14,23 @@ from typing import Any
 
 import pytest
 
+from llava_edge.bench import environment
+from llava_edge.bench.models import open_subject
 from llava_edge.bench.quality.data import read_data
 from llava_edge.bench.quality.measure import QualitySettings
-from llava_edge.bench.quants.plan import QuantsSettings, Tower, Variant, reference_tower, towers, variants
+from llava_edge.bench.quants import make
+from llava_edge.bench.quants.plan import (
+    QuantsSettings,
+    Tower,
+    Variant,
+    check_space,
+    reference_tower,
+    towers,
+    variants,
+)
 from llava_edge.bench.quants.recommend import pareto, recommend
 from llava_edge.bench.quants.run import bench_quants
-from llava_edge.bench.record import Metric, ModelFile, Result, Row, read_result
+from llava_edge.bench.record import Metric, ModelFile, Result, Row, read_result, write_atomically
 from llava_edge.bench.report.compare import compare
 from llava_edge.bench.report.files import write_report
 from llava_edge.bench.report.html import page
@@ -131,6 +143,7 @@ def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, t
         assert [one.metrics[name] for name in quality] == [other.metrics[name] for name in quality]
     assert {path.name for path in (tmp_path / "killed" / "work").iterdir()} == {
         "ceilings.json",
+        "measured.json",
         "rows",
         "settings.json",
     }
@@ -169,6 +182,98 @@ def test_nothing_begins_without_room(
     with pytest.raises(InputError, match=r"GB are needed in .*, 0\.0 GB are free"):
         bench_quants(f16_bundle, tmp_path, SETTINGS, read_data(captions, None))
     assert not list((tmp_path / "work").glob("rows/*"))
+
+
+def test_a_stopped_run_keeps_to_its_processor_and_its_time(
+    f16_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, types=("Q8_0",), mmproj_types=("F16",))
+    whole = bench_quants(f16_bundle, tmp_path, settings, None)
+    monkeypatch.setattr(environment, "utc_now", lambda: "2000-01-01T00:00:00Z")
+    monkeypatch.setattr(environment, "power_source", lambda: "another one")
+    again = bench_quants(f16_bundle, tmp_path, settings, None)
+    assert (again.created_utc, again.machine, again.warnings) == (whole.created_utc, whole.machine, whole.warnings)
+    (tmp_path / "work" / "rows" / "Q8_0-F16.json").unlink()
+    more = bench_quants(f16_bundle, tmp_path, settings, None)
+    assert (more.created_utc, more.machine) == ("2000-01-01T00:00:00Z", whole.machine)
+    assert any("another power source" in warning for warning in more.warnings)
+    other = replace(whole.machine, cpu="another one")
+    monkeypatch.setattr(environment, "machine", lambda: other)
+    with pytest.raises(InputError, match="holds a run with other settings: its cpu is"):
+        bench_quants(f16_bundle, tmp_path, settings, None)
+
+
+def test_what_is_made_already_needs_no_room(
+    output: Path, f16_bundle: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    reference, data, work = open_subject(f16_bundle), read_data(captions, None), output / "work"
+
+    def passes(folder: Path, free: int) -> bool:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, free))
+        try:
+            check_space(SETTINGS, variants(SETTINGS, reference.bundle), reference, data, folder, keep=True)
+        except InputError:
+            return False
+        return True
+
+    needed = bisect.bisect_left(range(10**8), True, key=lambda free: passes(tmp_path, free))
+    made = sum(path.stat().st_size for path in (work / "parts").iterdir())
+    assert 0 < made < needed
+    assert passes(work, needed - made)
+
+
+def test_a_checkpoint_is_not_converted_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from llava_edge.convert import tiny
+
+    checkpoint = tiny.make(tiny.Family(), tmp_path / "checkpoint")
+    work = tmp_path / "out" / "work"
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9, 0))
+    with pytest.raises(InputError, match=r"about 0\.0 GB are needed in .*, 0\.0 GB are free"):
+        bench_quants(checkpoint, tmp_path / "out", SETTINGS, None)
+    assert list(work.iterdir()) == []
+
+
+def test_another_checkpoints_conversion_is_refused(f16_bundle: Path, tmp_path: Path) -> None:
+    checkpoint, work = tmp_path / "checkpoint", tmp_path / "out" / "work"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    shutil.copytree(f16_bundle, work / "reference")
+    with pytest.raises(InputError, match="its reference was not made of"):
+        make.convert_source(checkpoint, work, SETTINGS, None, print)
+    write_atomically(work / "source.json", json.dumps(make.identity(checkpoint), indent=1))
+    assert make.convert_source(checkpoint, work, SETTINGS, None, print).bundle.directory == work / "reference"
+    (checkpoint / "model.safetensors").write_bytes(b"weights after more training")
+    with pytest.raises(InputError, match="its reference was not made of"):
+        make.convert_source(checkpoint, work, SETTINGS, None, print)
+
+
+def test_a_folder_of_somebody_else_is_not_touched(f16_bundle: Path, tmp_path: Path) -> None:
+    for name, content in (("thesis.tex", "years"), ("settings.json", "{}"), ("rows", "")):
+        work = tmp_path / name / "work"
+        work.mkdir(parents=True)
+        (work / name).write_text(content)
+        for restart in (False, True):
+            with pytest.raises(InputError, match=f"is not a folder of this command: it holds {name}"):
+                bench_quants(f16_bundle, work.parent, SETTINGS, None, restart=restart)
+        assert (work / name).read_text() == content
+        assert len(list(work.iterdir())) == 1
+
+
+def test_restart_deletes_nothing_before_the_source_is_known(output: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(output / "work", tmp_path / "work")
+    before = sorted(work.rglob("*"))
+    cases = (
+        (tmp_path / "gone", "no such bundle or checkpoint"),
+        (work / "bundles" / "F16-F16", "--restart would delete"),
+        (tmp_path, "config.json"),
+    )
+    for source, says in cases:
+        with pytest.raises(InputError, match=says):
+            bench_quants(source, tmp_path, SETTINGS, None, restart=True)
+    assert sorted(work.rglob("*")) == before
 
 
 def row(label: str, size: int, ratio: float, seconds: float, memory: float) -> Row:
