@@ -104,9 +104,13 @@ def power_source() -> str:
 
 
 def energy_joules() -> float | None:
-    """Energy of the processor packages since some time ago, where the system lets this user read it (Intel's RAPL)."""
+    """Energy of the processor packages since some time ago, where the system lets this user read it (Intel's RAPL).
+
+    Another zone at the top, ``psys``, is the whole laptop and has the packages in it.
+    """
     try:
-        zones = sorted(_RAPL.glob("intel-rapl:[0-9]"))
+        found = sorted(_RAPL.glob("intel-rapl:[0-9]*"))
+        zones = [zone for zone in found if (zone / "name").read_text().startswith("package")]
         total = sum(int((zone / "energy_uj").read_text()) for zone in zones)
     except (OSError, ValueError):
         return None

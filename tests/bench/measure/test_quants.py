@@ -31,11 +31,12 @@ from llava_edge.bench.quants.plan import (
 from llava_edge.bench.quants.recommend import pareto, recommend
 from llava_edge.bench.quants.run import bench_quants
 from llava_edge.bench.record import Metric, ModelFile, Result, Row, read_result, write_atomically
-from llava_edge.bench.report.compare import compare
+from llava_edge.bench.report.compare import compare, markdown
 from llava_edge.bench.report.files import write_report
 from llava_edge.bench.report.html import page
 from llava_edge.bench.speed.measure import SpeedSettings
 from llava_edge.bench.speed.repeat import Limits
+from llava_edge.bench.statistics import of_samples
 from llava_edge.bundle import Bundle, BundleFile, open_bundle
 from llava_edge.errors import InputError
 
@@ -329,6 +330,16 @@ def test_two_results_are_compared_with_intervals(result: Result) -> None:
     assert compare(first, single).rows[0].differs is None
 
 
+@pytest.mark.parametrize(("count", "differs"), [(2, None), (5, None), (6, True)])
+def test_few_samples_tell_no_difference(result: Result, count: int, differs: bool | None) -> None:
+    """The range of two equal distributions' samples is apart every third time."""
+    row = replace(result.rows[0], metrics={"load": of_samples("s", [1 + n / 100 for n in range(count)])})
+    slow = replace(row, metrics={"load": of_samples("s", [2 + n / 100 for n in range(9)])})
+    compared = compare(replace(result, rows=(row,)), replace(result, rows=(slow,)))
+    assert compared.rows[0].differs is differs
+    assert ("fewer than 6 samples" in markdown(compared)) == (differs is None)
+
+
 def test_what_makes_results_incomparable_is_pointed_out(result: Result) -> None:
     machine = replace(result.machine, cpu="another one")
     files = (replace(result.rows[0].files[0], sha256="0" * 64), *result.rows[0].files[1:])
@@ -336,12 +347,16 @@ def test_what_makes_results_incomparable_is_pointed_out(result: Result) -> None:
         result,
         machine=machine,
         settings={**result.settings, "image_tokens": 16},
-        rows=(replace(result.rows[0], files=files), *result.rows[1:]),
+        rows=(replace(result.rows[0], files=files, vision_backend="native", image_size=64), *result.rows[1:]),
+        onnxruntime_version="0.1",
     )
     differences = compare(result, other).differences
     assert f"machine.cpu: {result.machine.cpu} and another one" in differences
     assert "settings.image_tokens: 4 and 16" in differences
     assert "F16 / F16: the llm files are different ones" in differences
+    assert "F16 / F16: vision backend: mtmd and native" in differences
+    assert "F16 / F16: image size: 32 and 64" in differences
+    assert f"onnxruntime_version: {result.onnxruntime_version} and 0.1" in differences
     with pytest.raises(InputError, match="nothing to compare"):
         compare(result, replace(result, rows=(replace(result.rows[0], label="x"), replace(result.rows[0], label="y"))))
 

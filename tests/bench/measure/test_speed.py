@@ -190,7 +190,9 @@ def test_the_power_source_is_what_the_system_says(
 def test_energy_is_the_sum_of_the_packages_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_RAPL", tmp_path)
     assert environment.energy_joules() is None
-    for zone in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+    zones = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "core", "intel-rapl:2": "psys"}
+    for zone, name in zones.items():
         (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{name}\n")
         (tmp_path / zone / "energy_uj").write_text("2500000\n")
     assert environment.energy_joules() == 5.0
