@@ -21,7 +21,7 @@ from llava_edge.bench.quality import scores
 from llava_edge.bench.quality.cases import CHUNK, Case, evaluate_text, make_cases
 from llava_edge.bench.quality.data import Data
 from llava_edge.bench.quality.store import EmbeddingStore, LogitStore, compact, key_of, make_folder, versions, written
-from llava_edge.bench.record import Metric, Result, with_metrics, write_atomically
+from llava_edge.bench.record import Metric, Result, with_metrics, write_atomically, write_so_far
 from llava_edge.engine import DEFAULT_CTX, Engine
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.generate import Generation, generate
@@ -60,18 +60,24 @@ def bench_quality(
     settings: QualitySettings,
     cache: Path,
     say: Say = log.info,
+    output: Path | None = None,
 ) -> Result:
-    """Measure every bundle against the reference. What the reference said is kept in ``cache``."""
+    """Measure every bundle against the reference. What the reference said is kept in ``cache``.
+
+    After each bundle the record is written to ``output``.
+    """
     for subject in (reference, *subjects):
         check_variant(subject, reference)
     quality = Quality(reference, data, settings, cache, say)
     if len(subjects) > 1:
         quality.check(subjects)
-    rows = []
+    result = environment.result("quality", (), quality.facts)
     for subject in subjects:
         row = with_metrics(subject.row(), quality.measure(subject))
-        rows.append(replace(row, vision_backend=quality.vision_backends.get(subject.label, "")))
-    return environment.result("quality", tuple(rows), quality.facts)
+        row = replace(row, vision_backend=quality.vision_backends.get(subject.label, ""))
+        result = environment.result("quality", (*result.rows, row), quality.facts)
+        write_so_far(output, result, say)
+    return result
 
 
 def check_variant(subject: Subject, reference: Subject) -> None:
