@@ -308,6 +308,20 @@ def test_recommendations_follow_their_rules() -> None:
     assert recommend(rows[:2], 10**9)[1].label is None
 
 
+def test_without_perplexity_the_fastest_keeps_the_tasks_scores() -> None:
+    def scored(label: str, seconds: float, accuracy: float, chair: float) -> Row:
+        plain = row(label, 1, 1.0, seconds, 1e9)
+        metrics = {name: plain.metrics[name] for name in ("ttft_warm", "tg64@0", "peak_memory")}
+        scores = {"easy-vqa accuracy": Metric("score", accuracy), "chair chair_i": Metric("score", chair)}
+        return replace(plain, metrics={**metrics, **scores})
+
+    rows = [scored("F16", 3.0, 0.8, 0.1), scored("Q8_0", 2.0, 0.79, 0.1), scored("Q4_0", 1.0, 0.79, 0.2)]
+    rows.append(scored("Q2_K", 0.5, 0.5, 0.1))
+    (fastest,) = recommend(rows, 4 * 10**9)
+    assert fastest.label == "Q8_0"
+    assert fastest.rule.endswith("easy-vqa accuracy and chair chair_i at most 5% worse than F16's")
+
+
 def test_the_front_has_what_nothing_beats() -> None:
     points = {"a": (1, 5), "b": (2, 3), "c": (3, 4), "d": (4, 1), "e": (2, 6)}
     rows = [row(name, 1, 1, 1, 1) for name in points]
