@@ -96,8 +96,12 @@ def convert_source(source: Path, work: Path, settings: QuantsSettings, image_tok
 
 
 def identity(checkpoint: Path) -> dict[str, Any]:
-    """What tells a checkpoint from another one, and from itself after more training, without reading it."""
-    states = {path.name: path.stat() for path in sorted(checkpoint.iterdir()) if path.is_file()}
+    """What tells a checkpoint from another one, and from itself after more training, without reading it.
+
+    A report that is written into the same directory is no part of it.
+    """
+    found = [path for path in sorted(checkpoint.iterdir()) if path.is_file()]
+    states = {path.name: path.stat() for path in found if path.stem != "report" and path.suffix != ".png"}
     files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
     return {"checkpoint": str(checkpoint.resolve()), "files": files}
 

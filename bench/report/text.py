@@ -50,6 +50,7 @@ def circumstances(result: Result) -> list[tuple[str, str]]:
         ("power", machine.power_source),
         ("measured", f"{result.created_utc} with llava-edge {result.version}"),
         ("llama.cpp", f"{result.llama_cpp_commit} (llama-cpp-python {result.llama_cpp_version})"),
+        *([("ONNX Runtime", result.onnxruntime_version)] if result.onnxruntime_version else []),
         ("settings", ", ".join(_flat(result.settings))),
     ]
     for name, metric in result.ceilings.items():

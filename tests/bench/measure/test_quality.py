@@ -17,6 +17,7 @@ from llava_edge.bench.quality.data import read_data
 from llava_edge.bench.quality.measure import QualitySettings, bench_quality
 from llava_edge.bench.quality.store import LogitStore, compact, versions
 from llava_edge.bench.record import Result
+from llava_edge.bench.report.compare import compare
 from llava_edge.bundle import open_bundle
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError, LlavaEdgeError
@@ -42,6 +43,14 @@ def test_a_bundle_does_not_diverge_from_itself(measured: tuple[Result, Path]) ->
     metrics = measured[0].rows[0].metrics
     assert metrics["kl_mean"].value == metrics["kl_p99"].value == 0
     assert metrics["top1_agreement"].value == metrics["perplexity_ratio"].value == metrics["same_text"].value == 1
+
+
+def test_the_record_names_the_references_files(measured: tuple[Result, Path]) -> None:
+    result = measured[0]
+    files = {file.role: file.sha256 for file in result.rows[0].files}
+    assert result.settings["reference_sha256"] == files
+    other = replace(result, settings={**result.settings, "reference_sha256": {**files, "llm": "0" * 64}})
+    assert any("reference_sha256" in difference for difference in compare(result, other).differences)
 
 
 def test_fewer_bits_diverge_more(measured: tuple[Result, Path]) -> None:

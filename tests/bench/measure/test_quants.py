@@ -246,6 +246,8 @@ def test_another_checkpoints_conversion_is_refused(f16_bundle: Path, tmp_path: P
         make.convert_source(checkpoint, work, SETTINGS, None, print)
     write_atomically(work / "source.json", json.dumps(make.identity(checkpoint), indent=1))
     assert make.convert_source(checkpoint, work, SETTINGS, None, print).bundle.directory == work / "reference"
+    (checkpoint / "report.json").write_text("{}")
+    make.convert_source(checkpoint, work, SETTINGS, None, print)
     (checkpoint / "model.safetensors").write_bytes(b"weights after more training")
     with pytest.raises(InputError, match="its reference was not made of"):
         make.convert_source(checkpoint, work, SETTINGS, None, print)
