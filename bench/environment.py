@@ -34,10 +34,11 @@ def result(
     """A record of this run on this machine, now."""
     return Result(
         kind=kind,
-        created_utc=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        version=_own_version(),
+        created_utc=utc_now(),
+        version=package_version("llava-edge"),
         llama_cpp_version=native.version(),
         llama_cpp_commit=llama_cpp_commit(),
+        onnxruntime_version=package_version("onnxruntime"),
         machine=machine(),
         settings=json.loads(json.dumps(settings)),
         rows=rows,
@@ -45,6 +46,18 @@ def result(
         warnings=warnings,
         recommendations=recommendations,
     )
+
+
+def decisive(found: Result) -> dict[str, Any]:
+    """What all figures of one table must share: the programs and the processor. The power source may change."""
+    names = ("version", "llama_cpp_version", "llama_cpp_commit", "onnxruntime_version")
+    programs = {name: getattr(found, name) for name in names}
+    return programs | {name: getattr(found.machine, name) for name in ("cpu", "architecture", "cpu_flags", "cores")}
+
+
+def utc_now() -> str:
+    """The time as records have it."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def machine() -> Machine:
@@ -91,9 +104,13 @@ def power_source() -> str:
 
 
 def energy_joules() -> float | None:
-    """Energy of the processor packages since some time ago, where the system lets this user read it (Intel's RAPL)."""
+    """Energy of the processor packages since some time ago, where the system lets this user read it (Intel's RAPL).
+
+    Another zone at the top, ``psys``, is the whole laptop and has the packages in it.
+    """
     try:
-        zones = sorted(_RAPL.glob("intel-rapl:[0-9]"))
+        found = sorted(_RAPL.glob("intel-rapl:[0-9]*"))
+        zones = [zone for zone in found if (zone / "name").read_text().startswith("package")]
         total = sum(int((zone / "energy_uj").read_text()) for zone in zones)
     except (OSError, ValueError):
         return None
@@ -139,8 +156,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _own_version() -> str:
+def package_version(name: str) -> str:
+    """Of an installed package, ``unknown`` without one."""
     try:
-        return version("llava-edge")
+        return version(name)
     except PackageNotFoundError:
         return "unknown"

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -115,6 +115,7 @@ class Result:
     warnings: tuple[str, ...] = ()
     recommendations: tuple[Recommendation, ...] = ()
     schema: int = SCHEMA
+    onnxruntime_version: str = ""
 
     def to_json(self) -> str:
         """The record as JSON text."""
@@ -156,6 +157,23 @@ def write_atomically(path: Path, data: str | bytes) -> None:
         raise
 
 
+def write_result(path: Path, result: Result) -> None:
+    """Write a record; InputError where that fails."""
+    try:
+        write_atomically(path, result.to_json())
+    except OSError as error:
+        raise InputError(f"can't write {path}: {error.strerror}", hint="Make room, or name another file.") from None
+
+
+def write_so_far(path: Path | None, result: Result, say: Callable[[str], None]) -> None:
+    """Write a record that is not whole yet. What is measured isn't given up where that fails."""
+    if path is not None:
+        try:
+            write_result(path, result)
+        except InputError as error:
+            say(str(error))
+
+
 def row_from_dict(values: dict[str, Any]) -> Row:
     """A row from JSON."""
     return Fields(values).build(_row)
@@ -183,6 +201,7 @@ def _result(f: Fields) -> Result:
         warnings=f.texts("warnings"),
         recommendations=tuple(entry.build(_recommendation) for entry in f.objects("recommendations")),
         schema=f.integer("schema"),
+        onnxruntime_version=f.text("onnxruntime_version") if f.has("onnxruntime_version") else "",
     )
 
 

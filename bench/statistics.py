@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
+SURE = 6  # samples: the range of fewer covers the median with less than that
 DRAWS = 1000
 
 
 def median_interval(samples: Sequence[float]) -> tuple[float, float] | None:
     """The narrowest pair of order statistics that covers the median with 95 %.
 
-    With fewer than six samples it is their range, which covers less (94 % for five, 75 % for three); None for one.
+    With fewer than six samples it is their range, which covers less (94 % for five, 50 % for two); None for one.
     """
     ordered = sorted(samples)
     count = len(ordered)

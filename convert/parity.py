@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from llava_edge.bundle import probe_picture
+from llava_edge.bundle import Bundle, probe_picture
+from llava_edge.convert.gguf_file import tensor_types
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -129,6 +130,17 @@ class TokenizerParity:
     def failures(self) -> list[str]:
         """What differs, in words."""
         return [] if self.identical == self.texts else [f"other token ids than the reference: {self.first_difference}"]
+
+
+def mtmd_defect(bundle: Bundle) -> str | None:
+    """Why llama.cpp can't be right about a bundle's mmproj; None if it should be."""
+    measured = (bundle.manifest.parity or {}).get("mtmd", {})
+    for figures in measured.values():
+        if not figures.get("right", True):
+            return str(figures.get("why", "its embeddings were not those of the checkpoint"))
+    if not measured and "v.class_embd" in tensor_types(bundle.file("mmproj")):
+        return CLASS_TOKEN_DEFECT
+    return None
 
 
 def pictures(size: int) -> list[Image.Image]:

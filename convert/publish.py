@@ -35,19 +35,24 @@ def working_directory(output: Path) -> Iterator[Path]:
 
     What runs that were killed left of theirs is removed; a directory that is still being written to is locked.
     """
-    for left in output.parent.glob(f".{glob.escape(output.name)}.*.partial"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
+    remove_leftovers(output.parent, f".{glob.escape(output.name)}.*.partial")
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
-    with _locked(work):
+    with locked(work):
         try:
             yield work
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path, pattern: str) -> None:
+    """Remove the directories of a name that no process holds: those of runs that were killed."""
+    for left in folder.glob(pattern):
+        with contextlib.suppress(OSError), locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """Hold a directory; OSError where another process does."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -15,8 +15,7 @@ import llava_edge
 from llava_edge import native
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, Role, probe_picture, resolve_model, sha256_file
 from llava_edge.convert import publish
-from llava_edge.convert.gguf_file import tensor_types
-from llava_edge.convert.parity import CLASS_TOKEN_DEFECT
+from llava_edge.convert.parity import mtmd_defect
 from llava_edge.convert.quantize import LLM_TYPES, MMPROJ_TYPES, Quantized, check_type, describe, quantize
 from llava_edge.errors import InputError, ParityError
 from llava_edge.quant_types import VISION_TYPES
@@ -111,7 +110,7 @@ class Quantization:
         """What the new bundle can't do any more."""
         if "vision_onnx" not in self._old or "vision_onnx" in self._types:
             return []
-        defect = self._mtmd_defect() if "mmproj" in self._types else "there is no mmproj file"
+        defect = mtmd_defect(self._bundle) if "mmproj" in self._types else "there is no mmproj file"
         if defect is None:
             return []
         return [
@@ -208,21 +207,11 @@ class Quantization:
             engine.close()
         cosine = selfcheck.mean_cosine(rows, manifest.probe)
         # A file that llama.cpp has never read rightly can't be judged by what it makes of it.
-        judged = role == "vision_onnx" or self._mtmd_defect() is None
+        judged = role == "vision_onnx" or mtmd_defect(self._bundle) is None
         wrong = (
             [f"{path.name}: cosine {cosine:.4f} to the probe"] if judged and not cosine >= selfcheck.MIN_COSINE else []
         )
         return {"probe_cosine": round(cosine, 6)}, wrong
-
-    def _mtmd_defect(self) -> str | None:
-        """Why llama.cpp can't be right about this tower; None if it should be."""
-        measured = (self._bundle.manifest.parity or {}).get("mtmd", {})
-        for figures in measured.values():
-            if not figures.get("right", True):
-                return str(figures.get("why", "its embeddings were not those of the checkpoint"))
-        if not measured and "v.class_embd" in tensor_types(self._bundle.file("mmproj")):
-            return CLASS_TOKEN_DEFECT
-        return None
 
     def _manifest(self, work: Path, measured: dict[str, Any] | None) -> Manifest:
         old = self._bundle.manifest

@@ -90,10 +90,11 @@ def write_llm(
     template: str | None = CHATML,
     special_type: int = gguf.TokenType.CONTROL,
     context: int = 2048,
+    layers: int = 2,
 ) -> Path:
     """A language model with random weights; ``arch`` is llama or qwen2vl (which has M-RoPE)."""
     random = np.random.default_rng(7)
-    layers, heads, kv_heads, hidden = 2, 4, 2, 96
+    heads, kv_heads, hidden = 4, 2, 96
     writer = gguf.GGUFWriter(path, arch)
     tokens, merges = vocabulary()
     writer.add_block_count(layers)

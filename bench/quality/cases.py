@@ -26,12 +26,13 @@ CHUNK = 512
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt and the tokens that are scored after it. Cases of one ``group`` are not independent.
+    """A prompt and the tokens that are scored after it. Cases of one ``group``, a picture, are not independent.
 
-    ``asks`` tells whether it is the first question of a sample, which the model may answer by itself too.
+    ``asks`` tells whether it is the first question of ``sample``, which the model may answer by itself too.
     """
 
-    group: int
+    sample: int
+    group: str
     units: tuple[Unit, ...]
     answer: tuple[int, ...]
     picture: Path | None = None
@@ -71,7 +72,8 @@ def _sample(model: Model, number: int, sample: Sample, answer_tokens: int) -> It
         ids = _answer(model, segments, answer)
         end = (min(model.stop_tokens),) if model.stop_tokens else ()
         scored = (*ids, *end)[:answer_tokens]
-        yield Case(number, tuple(model.tokenizer.units(segments)), scored, sample.picture, asks=place == 0)
+        group = str(number if sample.picture is None else sample.picture)
+        yield Case(number, group, tuple(model.tokenizer.units(segments)), scored, sample.picture, asks=place == 0)
         segments.append(Answer(ids))
 
 
@@ -93,4 +95,4 @@ def _chunks(model: Model, text: str) -> Iterator[Case]:
     first = CHUNK // 2 + 1
     for number, start in enumerate(range(0, len(tokens) - CHUNK + 1, CHUNK)):
         run = [*bos, *tokens[start + len(bos) : start + CHUNK]]
-        yield Case(number, (TokenRun(tuple(run[:first])),), tuple(run[first:]))
+        yield Case(number, str(number), (TokenRun(tuple(run[:first])),), tuple(run[first:]))

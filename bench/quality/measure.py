@@ -20,13 +20,14 @@ from llava_edge.bench.progress import Progress, Say
 from llava_edge.bench.quality import scores
 from llava_edge.bench.quality.cases import CHUNK, Case, evaluate_text, make_cases
 from llava_edge.bench.quality.data import Data
-from llava_edge.bench.quality.store import EmbeddingStore, LogitStore, compact, key_of, make_folder, versions
-from llava_edge.bench.record import Metric, Result, with_metrics, write_atomically
+from llava_edge.bench.quality.store import EmbeddingStore, LogitStore, compact, key_of, make_folder, versions, written
+from llava_edge.bench.record import Metric, Result, with_metrics, write_atomically, write_so_far
 from llava_edge.engine import DEFAULT_CTX, Engine
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.generate import Generation, generate
 from llava_edge.sampling import Sampler
 from llava_edge.types import SamplingParams
+from llava_edge.vision.backends import candidates
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -59,16 +60,24 @@ def bench_quality(
     settings: QualitySettings,
     cache: Path,
     say: Say = log.info,
+    output: Path | None = None,
 ) -> Result:
-    """Measure every bundle against the reference. What the reference said is kept in ``cache``."""
+    """Measure every bundle against the reference. What the reference said is kept in ``cache``.
+
+    After each bundle the record is written to ``output``.
+    """
     for subject in (reference, *subjects):
         check_variant(subject, reference)
     quality = Quality(reference, data, settings, cache, say)
-    rows = []
+    if len(subjects) > 1:
+        quality.check(subjects)
+    result = environment.result("quality", (), quality.facts)
     for subject in subjects:
         row = with_metrics(subject.row(), quality.measure(subject))
-        rows.append(replace(row, vision_backend=quality.vision_backends.get(subject.label, "")))
-    return environment.result("quality", tuple(rows), quality.facts)
+        row = replace(row, vision_backend=quality.vision_backends.get(subject.label, ""))
+        result = environment.result("quality", (*result.rows, row), quality.facts)
+        write_so_far(output, result, say)
+    return result
 
 
 def check_variant(subject: Subject, reference: Subject) -> None:
@@ -81,7 +90,9 @@ def check_variant(subject: Subject, reference: Subject) -> None:
         ("prompt format", ours.prompt, theirs.prompt),
         ("picture size", ours.image.size, theirs.image.size),
         ("number of visual tokens", subject.image_tokens, reference.image_tokens),
-        ("vocabulary", _vocabulary(subject), _vocabulary(reference)),
+        ("vocabulary", _embedding_shape(subject)[-1], _embedding_shape(reference)[-1]),
+        ("width", _embedding_shape(subject)[0], _embedding_shape(reference)[0]),
+        ("number of layers", subject.weights["llm"].layers, reference.weights["llm"].layers),
     ]
     for name, mine, other in facts:
         if mine != other:
@@ -92,9 +103,10 @@ def check_variant(subject: Subject, reference: Subject) -> None:
             )
 
 
-def _vocabulary(subject: Subject) -> int:
+def _embedding_shape(subject: Subject) -> tuple[int, ...]:
+    """Width and size of the vocabulary."""
     tensors = subject.weights["llm"].tensors
-    return next((t.shape[-1] for t in tensors if t.name == "token_embd.weight"), 0)
+    return next((t.shape for t in tensors if t.name == "token_embd.weight"), (0, 0))
 
 
 class Quality:
@@ -109,7 +121,15 @@ class Quality:
         files = [file.sha256 for file in reference.bundle.manifest.files]
         manifest = reference.bundle.manifest
         read = [manifest.prompt, manifest.image, manifest.feature_layers, manifest.backends, reference.vision_backend]
-        facts = [_LAYOUT, files, *read, reference.image_tokens, data.sha256, asdict(settings), *versions()]
+        facts = [
+            _LAYOUT,
+            files,
+            *read,
+            reference.image_tokens,
+            data.sha256,
+            asdict(settings),
+            *versions(candidates(reference.bundle, reference.vision_backend)),
+        ]
         self._folder = make_folder(cache / f"reference-{key_of(facts)}")
         self._logits = LogitStore(self._folder / "logits")
         self._cases: list[Case] = []
@@ -121,16 +141,29 @@ class Quality:
     def facts(self) -> dict[str, Any]:
         """The settings for the record."""
         data = {"data": self._data.source, "data_sha256": self._data.sha256, "samples": len(self._data.samples)}
-        return {**asdict(self._settings), **data, "reference": self._reference.label}
+        files = {file.role: file.sha256 for file in self._reference.bundle.manifest.files}
+        return {**asdict(self._settings), **data, "reference": self._reference.label, "reference_sha256": files}
+
+    def check(self, subjects: Sequence[Subject]) -> None:
+        """Refuse before the first is measured what would fail at the last."""
+        self._prepare()
+        for subject in subjects:
+            with self._load(subject) as model:
+                self._cases_of(model, subject)
+
+    def _cases_of(self, model: llava_edge.Model, subject: Subject) -> list[Case]:
+        """The cases, which have to be those of the reference."""
+        cases = self._make_cases(model)
+        if [(c.units, c.answer) for c in cases] != [(c.units, c.answer) for c in self._cases]:
+            raise InputError(f"{subject.label} cuts the answers into other tokens than the reference")
+        return cases
 
     def measure(self, subject: Subject) -> dict[str, Metric]:
         """All figures of one bundle."""
         self._prepare()
-        groups: dict[int, list[NDArray[np.float64]]] = {}
+        groups: dict[str, list[NDArray[np.float64]]] = {}
         with self._load(subject) as model, self._at_once(subject) as engine:
-            cases = self._make_cases(model)
-            if [(c.units, c.answer) for c in cases] != [(c.units, c.answer) for c in self._cases]:
-                raise InputError(f"{subject.label} cuts the answers into other tokens than the reference")
+            cases = self._cases_of(model, subject)
             progress = Progress(f"{subject.label}: answers", len(cases), self._say)
             texts = []
             for number, case in enumerate(cases):
@@ -149,12 +182,13 @@ class Quality:
     def _judge(self, texts: list[str]) -> dict[str, Metric]:
         if not texts or self._texts is None:
             return {}
-        found = {"same_text": scores.same_text(texts, self._texts)}
+        pictures = [case.group for case in self._cases if self._answers_itself(case)]
+        found = {"same_text": scores.same_text(texts, self._texts, pictures)}
         references = [sample.references for sample in self._data.samples[: len(texts)]]
         if self._data.short:
-            found["accuracy"] = scores.accuracy(texts, references)
+            found["accuracy"] = scores.accuracy(texts, references, pictures)
         elif self._data.captions and len(texts) > 1:
-            found["cider_d"] = scores.captions(texts, references)
+            found["cider_d"] = scores.captions(texts, references, pictures)
         return found
 
     def _prepare(self) -> None:
@@ -180,7 +214,8 @@ class Quality:
                 for case in asked:
                     self._texts.append(self._answer(model, self._reference, case))
                     progress.step()
-                write_atomically(kept, json.dumps(self._texts, ensure_ascii=False))
+                with written(kept):
+                    write_atomically(kept, json.dumps(self._texts, ensure_ascii=False))
 
     def _load(self, subject: Subject) -> llava_edge.Model:
         self._say(f"{subject.label}: quality")
@@ -219,7 +254,7 @@ class Quality:
         return make_cases(model, self._data, answer_tokens=settings.answer_tokens, chunks=settings.text_chunks)
 
     def _answers_itself(self, case: Case) -> bool:
-        return case.asks and case.group < self._settings.own_answers
+        return case.asks and case.sample < self._settings.own_answers
 
     def _prefill(self, model: llava_edge.Model, subject: Subject, case: Case) -> None:
         known = {}

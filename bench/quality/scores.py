@@ -13,6 +13,7 @@ import numpy as np
 
 from llava_edge.bench import statistics
 from llava_edge.bench.record import Metric
+from llava_edge.bench.tasks import stats
 from llava_edge.bench.tasks.cider import cider_d
 
 if TYPE_CHECKING:
@@ -61,25 +62,30 @@ def _perplexity_ratio(rows: NDArray[np.float64]) -> float:
     return float(np.exp((rows[:, NLL] - rows[:, NLL_REFERENCE]).mean()))
 
 
-def same_text(answers: Sequence[str], expected: Sequence[str]) -> Metric:
-    """Share of answers that are the reference's."""
-    equal = [np.array([float(a == b)]) for a, b in zip(answers, expected, strict=True)]
-    return statistics.bootstrap(equal, lambda rows: float(rows.mean()), "share")
+def same_text(answers: Sequence[str], expected: Sequence[str], pictures: Sequence[str]) -> Metric:
+    """Share of answers that are the reference's. ``pictures`` names the one that each answer is about."""
+    equal = [float(a == b) for a, b in zip(answers, expected, strict=True)]
+    return _metric("share", stats.share_of(pictures, equal))
 
 
-def captions(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Metric:
+def captions(answers: Sequence[str], references: Sequence[Sequence[str]], pictures: Sequence[str]) -> Metric:
     """CIDEr-D of answers against people's captions."""
     _, scores = cider_d(answers, references)
-    return statistics.bootstrap([np.array([score]) for score in scores], lambda rows: float(rows.mean()), "CIDEr-D")
+    return _metric("CIDEr-D", stats.mean(pictures, list(scores)))
 
 
-def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Metric:
+def accuracy(answers: Sequence[str], references: Sequence[Sequence[str]], pictures: Sequence[str]) -> Metric:
     """Share of answers that are one of the known ones, but for case and punctuation."""
     right = [
-        np.array([float(_words(answer) in [_words(reference) for reference in known])])
+        float(_words(answer) in [_words(reference) for reference in known])
         for answer, known in zip(answers, references, strict=True)
     ]
-    return statistics.bootstrap(right, lambda rows: float(rows.mean()), "share")
+    return _metric("share", stats.share_of(pictures, right))
+
+
+def _metric(unit: str, found: stats.Metric) -> Metric:
+    assert found.value is not None
+    return Metric(unit, found.value, None if found.low is None or found.high is None else (found.low, found.high))
 
 
 def _words(text: str) -> list[str]:

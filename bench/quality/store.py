@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import zlib
+from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llava_edge import native
+from llava_edge import cache, native
+from llava_edge.bench.environment import package_version
 from llava_edge.bench.record import write_atomically
 from llava_edge.errors import InputError, ModelError
 from llava_edge.vision import EncodedImage
+from llava_edge.vision import native as native_library
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +53,8 @@ class LogitStore:
     def save(self, number: int, rows: NDArray[np.float16]) -> None:
         """Keep a case's rows ``[T, V]``. High and low bytes are compressed apart, because the high ones repeat."""
         planes = np.ascontiguousarray(rows).view(np.uint8).reshape(-1, 2).T
-        write_atomically(self._path(number), zlib.compress(planes.tobytes(), 1))
+        with written(self._path(number)) as path:
+            write_atomically(path, zlib.compress(planes.tobytes(), 1))
 
     def load(self, number: int, shape: tuple[int, int]) -> NDArray[np.float16] | None:
         """A case's rows, None if they are not there, damaged, or of another shape."""
@@ -79,7 +85,8 @@ class EmbeddingStore:
         """The picture as the model reads it, from disk where it is there."""
         manifest = subject.bundle.manifest
         tower = [file.sha256 for file in manifest.files if file.role != "llm"]
-        read = [manifest.image, manifest.feature_layers, subject.image_tokens, model.open_vision(), versions()]
+        backend = model.open_vision()
+        read = [manifest.image, manifest.feature_layers, subject.image_tokens, backend, versions([backend])]
         folder = make_folder(self._folder / key_of([tower, *read, model.engine.n_threads]))
         path = folder / f"{key_of([str(picture.resolve()), picture.stat().st_mtime_ns])}.npy"
         try:
@@ -89,19 +96,38 @@ class EmbeddingStore:
         (chunk,) = model.encode(model.open_picture(picture)).chunks
         if chunk.embeddings is None or chunk.positions is not None or not chunk.causal:
             raise ModelError(f"{subject.label} marks its pictures in a way that is not supported here")
-        partial = path.with_suffix(".partial.npy")
-        np.save(partial, chunk.embeddings)
-        partial.replace(path)
+        with written(path):
+            data = io.BytesIO()
+            np.save(data, chunk.embeddings)
+            write_atomically(path, data.getvalue())
         return EncodedImage.of(str(picture), chunk.embeddings)
 
 
-def versions() -> list[str]:
-    """Of what computes embeddings and logits."""
-    return [
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """While a file is written: InputError where that fails."""
+    try:
+        yield path
+    except OSError as error:
+        raise InputError(
+            f"can't write {path}: {error.strerror}",
+            hint="Make room; what is finished is kept, the same command goes on.",
+        ) from None
+
+
+def versions(backends: Collection[str]) -> list[str]:
+    """Of what computes embeddings and logits, and of what prepares pictures, with the vision backends in question."""
+    found = [
         native.version(),
         native.llama().llama_print_system_info().decode("utf-8", "replace"),
         version("onnxruntime"),
+        package_version("llava-edge"),
+        str(cache.FORMAT),
     ]
+    if "native" in backends:
+        with contextlib.suppress(ModelError):  # a library that can't be loaded computes nothing
+            found.append(native_library.version())
+    return found
 
 
 def make_folder(path: Path) -> Path:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from llava_edge.bench.models import SYNTHETIC, Subject, open_subject
 from llava_edge.bench.progress import Say
-from llava_edge.bench.quants.plan import QuantsSettings, Variant, reference_tower, towers
+from llava_edge.bench.quants.plan import (
+    QuantsSettings,
+    Variant,
+    check_room,
+    conversion_bytes,
+    reference_tower,
+    towers,
+)
 from llava_edge.bench.record import write_atomically
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Role, open_bundle, sha256_file
 from llava_edge.convert.quantize import quantize
 from llava_edge.errors import InputError, require_extra
 
+REFERENCE, SOURCE = "reference", "source.json"
 _FLOATS: dict[Role, tuple[str, ...]] = {
     "llm": ("F16", "BF16", "F32"),
     "mmproj": ("F16", "BF16", "F32"),
@@ -23,8 +33,8 @@ _FLOATS: dict[Role, tuple[str, ...]] = {
 _PROBED = ("F16", "Q8_0", "fp32", "int8")
 
 
-def open_reference(source: Path, work: Path, settings: QuantsSettings, image_tokens: int | None, say: Say) -> Subject:
-    """The bundle without quantisation: the source itself, or what a conversion of the checkpoint makes of it."""
+def open_source(source: Path, settings: QuantsSettings, image_tokens: int | None) -> Subject | None:
+    """The source as a bundle without quantisation, None if it is a directory without a manifest: a checkpoint."""
     if (source / MANIFEST_NAME).is_file():
         subject = open_subject(source, image_tokens)
         manifest = subject.bundle.manifest
@@ -33,7 +43,7 @@ def open_reference(source: Path, work: Path, settings: QuantsSettings, image_tok
                 f"{source} has random weights: what quantisation costs can't be seen on it",
                 hint="`llava-edge bench speed --synthetic` compares the speed of types.",
             )
-        used = {"llm", *(tower.role for tower in (reference_tower(manifest), *towers(settings, manifest)))}
+        used = {"llm", *(tower.role for tower in (reference_tower(manifest), *towers(settings, subject.bundle)))}
         for file in manifest.files:
             floats = _FLOATS.get(file.role, ())
             if file.role in used and file.type not in floats:
@@ -46,14 +56,54 @@ def open_reference(source: Path, work: Path, settings: QuantsSettings, image_tok
         raise InputError(
             f"no such bundle or checkpoint: {source}", hint="Name the directory of an F16 bundle or of a checkpoint."
         )
-    converted = work / "reference"
-    if not (converted / MANIFEST_NAME).is_file():
+    return None
+
+
+def check_checkpoint(source: Path) -> None:
+    """InputError where a directory is no checkpoint that can be converted."""
+    require_extra("convert", "torch", "transformers", "safetensors", "onnx")
+    from llava_edge.convert.checkpoint import open_checkpoint
+
+    open_checkpoint(source)
+
+
+def convert_source(source: Path, work: Path, settings: QuantsSettings, image_tokens: int | None, say: Say) -> Subject:
+    """What a conversion of the checkpoint makes of it, kept in ``work`` with the checkpoint's identity.
+
+    Raises
+    ------
+    InputError
+        ``work`` holds the conversion of another checkpoint, or there is no room for one.
+    """
+    converted, kept = work / REFERENCE, work / SOURCE
+    wanted = json.dumps(identity(source), indent=1)
+    if (converted / MANIFEST_NAME).is_file():
+        if not kept.is_file() or kept.read_text(encoding="utf-8") != wanted:
+            raise InputError(
+                f"{work.parent} holds a run with other settings: its reference was not made of {source} as it is now",
+                hint="Give the same checkpoint to go on, --restart to begin anew, or another --output.",
+            )
+    else:
         require_extra("convert", "torch", "transformers", "safetensors", "onnx")
         from llava_edge.convert import convert_checkpoint
+        from llava_edge.convert.checkpoint import open_checkpoint
 
+        check_room(conversion_bytes(settings, open_checkpoint(source)), work)
+        write_atomically(kept, wanted)
         convert_checkpoint(source, converted, llm_type="F16", mmproj_type="F16", vision="fp32", progress=say)
-    towers(settings, open_bundle(converted).manifest)
+    towers(settings, open_bundle(converted))
     return open_subject(converted, image_tokens)
+
+
+def identity(checkpoint: Path) -> dict[str, Any]:
+    """What tells a checkpoint from another one, and from itself after more training, without reading it.
+
+    A report that is written into the same directory is no part of it.
+    """
+    found = [path for path in sorted(checkpoint.iterdir()) if path.is_file()]
+    states = {path.name: path.stat() for path in found if path.stem != "report" and path.suffix != ".png"}
+    files = {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+    return {"checkpoint": str(checkpoint.resolve()), "files": files}
 
 
 class Maker:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llava_edge.bench.models import LLM_TYPES, Subject
 from llava_edge.bench.quality.data import Data
 from llava_edge.bench.quality.measure import QualitySettings
 from llava_edge.bench.speed.measure import SpeedSettings
-from llava_edge.bundle import Backend, Manifest, Role
+from llava_edge.bundle import Backend, Bundle, Manifest, Role
+from llava_edge.convert.parity import mtmd_defect
 from llava_edge.convert.quantize import MMPROJ_TYPES, check_type
 from llava_edge.errors import InputError
 from llava_edge.quant_types import VISION_TYPES
 from llava_edge.vision.backends import ROLE_OF
 
+if TYPE_CHECKING:
+    from llava_edge.convert.checkpoint import Checkpoint
+
 DEFAULT_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_M", "Q2_K")
 ONNX_TYPES = tuple(kind for kind in VISION_TYPES if kind != "none")
+MADE = ("parts", "bundles", "cache")  # folders of files that can be made again
 # Bits a weight of 16, rounded up; a tensor that falls back takes more, so that the greatest is assumed for the others.
 _BITS = {"F32": 32.0, "F16": 16.1, "BF16": 16.1, "Q6_K": 6.9, "Q5_K_M": 6.2, "Q5_K_S": 6.2, "Q4_0": 5.2, "int8": 4.3}
 _MOST_BITS = 8.6
@@ -91,21 +97,23 @@ def reference_tower(manifest: Manifest) -> Tower:
     return Tower(role, types[role])
 
 
-def towers(settings: QuantsSettings, manifest: Manifest) -> list[Tower]:
-    """The towers that are asked for, or where none are, those that the bundle's backends suggest.
+def towers(settings: QuantsSettings, bundle: Bundle) -> list[Tower]:
+    """The towers that are asked for, or where none are, those that the bundle's backends suggest and that are right.
 
     Raises
     ------
     InputError
-        A tower that the bundle has no file for, or that no backend of the bundle runs.
+        A tower that the bundle has no file for, that no backend of the bundle runs, or that llama.cpp reads wrongly.
     """
+    manifest = bundle.manifest
+    defect = mtmd_defect(bundle) if bundle.has("mmproj") else None
     run = {ROLE_OF[name] for name in manifest.backends if name in ROLE_OF}
     asked: list[tuple[Role, Sequence[str]]] = [
         ("vision_onnx", settings.vision_types),
         ("mmproj", settings.mmproj_types),
     ]
     if not any(kinds for _, kinds in asked):
-        asked = [("vision_onnx", ONNX_TYPES), ("mmproj", ("Q8_0",))]
+        asked = [("vision_onnx", ONNX_TYPES), ("mmproj", () if defect and "vision_onnx" in run else ("Q8_0",))]
         asked = [(role, kinds) for role, kinds in asked if role in run]
     for role, kinds in asked:
         if kinds and role not in run:
@@ -113,32 +121,74 @@ def towers(settings: QuantsSettings, manifest: Manifest) -> list[Tower]:
                 f"{manifest.name} runs with {', '.join(manifest.backends)}: another {role} would change nothing",
                 hint="Leave --mmproj-types away." if role == "mmproj" else "Convert the checkpoint with --vision fp32.",
             )
+        if kinds and role == "mmproj" and defect:
+            raise InputError(
+                f"{manifest.name} can't be measured with its mmproj: {defect}",
+                hint="Leave --mmproj-types away." if "vision_onnx" in run else "Convert with --vision fp32.",
+            )
     return [Tower(role, kind) for role, kinds in asked for kind in kinds]
 
 
-def variants(settings: QuantsSettings, manifest: Manifest) -> list[Variant]:
+def variants(settings: QuantsSettings, bundle: Bundle) -> list[Variant]:
     """Every type with every tower, language models of one type together; the reference first, asked for or not."""
-    pairs = [Variant(llm, tower) for llm in settings.types for tower in towers(settings, manifest)]
-    return list(dict.fromkeys([Variant("F16", reference_tower(manifest)), *pairs]))
+    pairs = [Variant(llm, tower) for llm in settings.types for tower in towers(settings, bundle)]
+    return list(dict.fromkeys([Variant("F16", reference_tower(bundle.manifest)), *pairs]))
 
 
-def check_space(settings: QuantsSettings, reference: Subject, data: Data | None, folder: Path, *, keep: bool) -> None:
-    """Refuse to begin what would end with a full disk."""
+def check_space(
+    settings: QuantsSettings,
+    todo: Sequence[Variant],
+    reference: Subject,
+    data: Data | None,
+    folder: Path,
+    *,
+    keep: bool,
+) -> None:
+    """Refuse to begin what would end with a full disk. What a stopped run has made in ``folder`` is room as well.
+
+    ``todo`` are the variants that are to be measured yet: without ``keep`` nothing is left of the others.
+    """
     sizes = {file.role: file.bytes for file in reference.bundle.manifest.files}
-    models = [sizes["llm"] * _share(kind) for kind in settings.types if kind != "F16"]
+    types = settings.types if keep else {variant.llm_type for variant in todo}
+    models = [sizes["llm"] * _share(kind) for kind in types if kind != "F16"]
     needed = sum(models) if keep else max(models, default=0)
-    wanted = towers(settings, reference.bundle.manifest)
+    wanted = towers(settings, reference.bundle)
     needed += sum(sizes[tower.role] * _share(tower.type) for tower in wanted if tower.type not in ("F16", "fp32"))
     if reference.bundle.directory.stat().st_dev != folder.stat().st_dev:
         needed += sum(sizes.values())  # no links across file systems
     if data is not None:
         needed += _cache_bytes(settings, reference, data)
+    check_room(needed - _made_bytes(folder, reference.bundle), folder)
+
+
+def conversion_bytes(settings: QuantsSettings, checkpoint: Checkpoint) -> float:
+    """What a checkpoint's conversion to floats takes, and the largest type that is made of it.
+
+    A tower is written twice and once as float32, but is small beside the language model.
+    """
+    weights = checkpoint.open_weights()
+    elements = sum(math.prod(weights.shape(name)) for name in weights.names(""))
+    return elements * 2 * (1 + max((_share(kind) for kind in settings.types if kind != "F16"), default=0))
+
+
+def check_room(needed: float, folder: Path) -> None:
+    """InputError where a folder's file system has less than so many bytes."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(
             f"about {needed / 1e9:.1f} GB are needed in {folder}, {free / 1e9:.1f} GB are free",
             hint="Make room, choose another --output, or fewer types and samples.",
         )
+
+
+def _made_bytes(folder: Path, reference: Bundle) -> int:
+    """Bytes of the files that a run leaves on the way; a link to a file of the reference takes none."""
+    states = [path.stat() for name in MADE for path in (folder / name).rglob("*") if path.is_file()]
+    sizes = {(state.st_dev, state.st_ino): state.st_size for state in states}
+    for file in reference.manifest.files:
+        state = (reference.directory / file.path).stat()
+        sizes.pop((state.st_dev, state.st_ino), None)
+    return sum(sizes.values())
 
 
 def _share(kind: str) -> float:
@@ -151,7 +201,5 @@ def _cache_bytes(settings: QuantsSettings, reference: Subject, data: Data) -> fl
     width, vocabulary = table.shape
     turns: Sequence[int] = [len(sample.turns) for sample in data.samples] or [0]
     tokens = sum(turns) * settings.quality.answer_tokens
-    embeddings = (
-        len(data.samples) * reference.image_tokens * width * 4 * (len(towers(settings, reference.bundle.manifest)) + 1)
-    )
+    embeddings = len(data.samples) * reference.image_tokens * width * 4 * (len(towers(settings, reference.bundle)) + 1)
     return tokens * vocabulary * 2 + embeddings

@@ -13,6 +13,7 @@ ANSWER_TOKENS = 64
 def recommend(rows: Sequence[Row], memory_limit_bytes: int) -> tuple[Recommendation, ...]:
     """The rules that the rows' figures allow."""
     measured = all("perplexity_ratio" in row.metrics for row in rows)
+    scores = [name for name in (rows[0].metrics if rows else {}) if _is_score(rows[0], name)]
     timed = [row for row in rows if answer_seconds(row) is not None and "peak_memory" in row.metrics]
     found = []
     if measured:
@@ -20,11 +21,17 @@ def recommend(rows: Sequence[Row], memory_limit_bytes: int) -> tuple[Recommendat
         found.append(_pick(rule, [row for row in rows if _ratio(row) <= CLOSE], lambda row: row.bytes))
     if len(timed) == len(rows):
         fits = [row for row in rows if row.metrics["peak_memory"].value <= memory_limit_bytes]
-        kept = [row for row in fits if not measured or _ratio(row) <= ACCEPTABLE]
+        if measured:
+            kept = [row for row in fits if _ratio(row) <= ACCEPTABLE]
+        else:
+            kept = [row for row in fits if all(_keeps(row, rows[0], name) for name in scores)]
         rule = (
             f"fastest answer of {ANSWER_TOKENS} tokens about a new picture in {memory_limit_bytes / 1e9:g} GB of memory"
         )
-        rule += f", perplexity at most {ACCEPTABLE - 1:.0%} above F16's" if measured else ""
+        if measured:
+            rule += f", perplexity at most {ACCEPTABLE - 1:.0%} above F16's"
+        elif scores:
+            rule += f", {' and '.join(scores)} at most {ACCEPTABLE - 1:.0%} worse than F16's"
         found.append(_pick(rule, kept, lambda row: answer_seconds(row) or 0.0))
     if measured:
         rule = "nothing smaller is closer to F16 (front of size and mean KL divergence)"
@@ -56,6 +63,19 @@ def _ratio(row: Row) -> float:
     """The pessimistic end of the interval."""
     metric = row.metrics["perplexity_ratio"]
     return metric.interval[1] if metric.interval else metric.value
+
+
+def _is_score(row: Row, name: str) -> bool:
+    """Whether a figure is a task's, and better or worse: LLaVA-Bench without its judge only counts words."""
+    return row.metrics[name].unit == "score" and not name.startswith("llava-bench")
+
+
+def _keeps(row: Row, reference: Row, task: str) -> bool:
+    """Whether a task's score is about the reference's. Of CHAIR's, which counts what isn't there, less is better."""
+    if task not in row.metrics:
+        return False
+    found, wanted = row.metrics[task].value, reference.metrics[task].value
+    return found <= wanted * ACCEPTABLE if task.startswith("chair") else found >= wanted * (2 - ACCEPTABLE)
 
 
 def _pick(rule: str, rows: Sequence[Row], cost: Callable[[Row], float]) -> Recommendation:

@@ -7,27 +7,28 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from llava_edge import native
 from llava_edge.bench import environment
 from llava_edge.bench.models import Subject
 from llava_edge.bench.progress import Say, duration
 from llava_edge.bench.quality.data import Data
 from llava_edge.bench.quality.measure import Quality
-from llava_edge.bench.quants.make import Maker, open_reference
-from llava_edge.bench.quants.plan import QuantsSettings, Variant, check_space, variants
+from llava_edge.bench.quants.make import REFERENCE, SOURCE, Maker, check_checkpoint, convert_source, open_source
+from llava_edge.bench.quants.plan import MADE, QuantsSettings, Variant, check_space, variants
 from llava_edge.bench.quants.recommend import recommend
 from llava_edge.bench.quants.tasks import QuantsTask, measure_tasks
-from llava_edge.bench.record import Metric, Result, Row, row_from_dict, with_metrics, write_atomically
+from llava_edge.bench.record import Machine, Metric, Result, Row, row_from_dict, with_metrics, write_atomically
 from llava_edge.bench.speed.measure import measure_ceilings, measure_speed, warnings_of
 from llava_edge.errors import InputError
 
 log = logging.getLogger(__name__)
 
 WORK = "work"
+_SETTINGS, _MEASURED = "settings.json", "measured.json"
+_OURS = {_SETTINGS, _MEASURED, "ceilings.json", "rows", REFERENCE, f"{REFERENCE}.parity.json", SOURCE, *MADE}
 
 
 def bench_quants(
@@ -49,36 +50,63 @@ def bench_quants(
     Raises
     ------
     InputError
-        A source that can't be quantised, no room, or an output that holds a run with other settings.
+        A source that can't be quantised, no room, or an output that holds a run with other settings, on another
+        machine, with other versions, or files of somebody else.
     """
     work = output / WORK
-    if restart:
-        shutil.rmtree(work, ignore_errors=True)
     try:
+        _check_ours(work)
+        reference = open_source(source, settings, image_tokens)
+        if restart:
+            _check_source_survives(source, work, reference)
+            shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
-        return _Run(source, work, settings, data, tasks, image_tokens, keep, say).run()
+        reference = reference or convert_source(source, work, settings, image_tokens, say)
+        return _Run(reference, work, settings, data, tasks, keep, say).run()
     except OSError as error:
         raise InputError(
             f"can't write {output}: {error}", hint="Make room; what is finished is kept, the same command goes on."
         ) from None
 
 
+def _check_ours(work: Path) -> None:
+    """Refuse a folder that only has the name of this command's: runs delete in it."""
+    if not work.is_dir():
+        return
+    names = {path.name for path in work.iterdir() if not (path.name[0] == "." and path.suffix == ".partial")}
+    marks = ((_SETTINGS, '"llama_cpp_commit"'), (SOURCE, '"checkpoint"'))
+    marked = any(name in names and words in (work / name).read_text("utf-8", "replace") for name, words in marks)
+    if names - _OURS or (names and not marked):
+        named = ", ".join(sorted(names - _OURS or names)[:3])
+        raise InputError(
+            f"{work} is not a folder of this command: it holds {named}",
+            hint="Choose another --output, or give that folder another name.",
+        )
+
+
+def _check_source_survives(source: Path, work: Path, reference: Subject | None) -> None:
+    """Before ``--restart`` deletes: there is something to begin anew with, and it lies elsewhere."""
+    if source.resolve().is_relative_to(work.resolve()):
+        raise InputError(f"--restart would delete {source}", hint="Move it out of the output's folder work.")
+    if reference is None:
+        check_checkpoint(source)
+
+
 class _Run:
     def __init__(
         self,
-        source: Path,
+        reference: Subject,
         work: Path,
         settings: QuantsSettings,
         data: Data | None,
         tasks: Sequence[QuantsTask],
-        image_tokens: int | None,
         keep: bool,
         say: Say,
     ) -> None:
         self._settings, self._data, self._work, self._keep, self._say = settings, data, work, keep, say
         self._tasks = tasks
-        self._reference = open_reference(source, work, settings, image_tokens, say)
-        self._variants = variants(settings, self._reference.bundle.manifest)
+        self._reference = reference
+        self._variants = variants(settings, self._reference.bundle)
         self._facts = {
             **settings.facts(data),
             "tasks": {task.name: task.facts for task in tasks},
@@ -94,21 +122,22 @@ class _Run:
 
     def run(self) -> Result:
         todo = [variant for variant in self._variants if self._kept(variant, "") is None]
+        if not self._keep:
+            self._forget_finished()
         if len(todo) < len(self._variants):
             self._say(f"{len(self._variants) - len(todo)} of {len(self._variants)} are measured already")
         if todo:
-            check_space(self._settings, self._reference, self._data, self._work, keep=self._keep)
+            check_space(self._settings, todo, self._reference, self._data, self._work, keep=self._keep)
         started = time.monotonic()
         for number, variant in enumerate(todo):
             each = (time.monotonic() - started) / number if number else 0.0
             left = f", about {duration(each * (len(todo) - number))} left" if number else ""
             self._say(f"{variant.name}: {number + 1} of {len(todo)}{left}")
             self._measure(variant)
-            used = [v for v in self._variants if v.llm_type == variant.llm_type]
-            if not self._keep and not any(self._kept(v, "") is None for v in used):
-                self._maker.forget(used)
+            if not self._keep:
+                self._forget_finished()
         if not self._keep:
-            for name in ("parts", "bundles", "cache"):
+            for name in MADE:
                 shutil.rmtree(self._work / name, ignore_errors=True)
         return self._result([row for row in (self._kept(v, "") for v in self._variants) if row is not None])
 
@@ -124,15 +153,33 @@ class _Run:
         row = with_metrics(row, measure_tasks(subject, self._tasks, self._settings.speed.threads, self._say))
         self._save(variant, "", row)
 
+    def _forget_finished(self) -> None:
+        """Types whose variants are all measured."""
+        todo = {variant.llm_type for variant in self._variants if self._kept(variant, "") is None}
+        self._maker.forget([variant for variant in self._variants if variant.llm_type not in todo])
+
     def _result(self, rows: list[Row]) -> Result:
-        return environment.result(
+        """The record, of when and where the rows were measured, not of when they were put together."""
+        measured = _read_json(self._work / _MEASURED) or {}
+        sources = measured["power_sources"]
+        changed = [f"measured partly on another power source: {', '.join(sources)}"] if len(sources) > 1 else []
+        found = environment.result(
             "quants",
             tuple(rows),
             self._facts,
             ceilings=self._ceilings,
-            warnings=warnings_of(rows),
+            warnings=(*changed, *warnings_of(rows)),
             recommendations=recommend(rows, self._settings.memory_limit_bytes),
         )
+        return replace(found, created_utc=measured["created_utc"], machine=Machine(**measured["machine"]))
+
+    def _note_measured(self) -> None:
+        """Keep when and where a figure was measured. The machine is that of the first one."""
+        machine = asdict(environment.machine())
+        kept = _read_json(self._work / _MEASURED) or {"machine": machine, "power_sources": []}
+        sources = list(dict.fromkeys([*kept["power_sources"], machine["power_source"]]))
+        noted = {"created_utc": environment.utc_now(), "machine": kept["machine"], "power_sources": sources}
+        write_atomically(self._work / _MEASURED, json.dumps(noted))
 
     def _complete_ceilings(self, subject: Subject) -> None:
         """Rates of the types that no variant before had."""
@@ -146,9 +193,10 @@ class _Run:
 
     def _check_same_run(self) -> None:
         """What was measured with other settings must not stand in the same table."""
-        path = self._work / "settings.json"
+        path = self._work / _SETTINGS
         files = [file.sha256 for file in self._reference.bundle.manifest.files]
-        wanted = json.loads(json.dumps({**self._facts, "files": files, "llama_cpp": native.version()}))
+        now = environment.decisive(environment.result("quants", (), {}))
+        wanted = json.loads(json.dumps({**self._facts, "files": files, **now}))
         found = _read_json(path)
         if found is None:
             write_atomically(path, json.dumps(wanted, indent=1))
@@ -165,6 +213,7 @@ class _Run:
         return None if values is None else row_from_dict(values)
 
     def _save(self, variant: Variant, step: str, row: Row) -> None:
+        self._note_measured()
         write_atomically(self._rows / f"{variant.name}{step}.json", json.dumps(asdict(row)))
 
 

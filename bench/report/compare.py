@@ -8,14 +8,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_edge.bench.record import Metric, Result, Row
+from llava_edge.bench.statistics import SURE
 from llava_edge.errors import InputError
+
+_LEGEND = (
+    f"?: nobody can tell, because a side has no interval, or that of fewer than {SURE} samples: "
+    "their range, which covers the median with less than 95 %."
+)
 
 
 @dataclass(frozen=True)
 class Comparison:
     """One metric of one model in both results. ``ratio`` is second over first, None where one of them is not above 0.
 
-    ``differs`` is None where one of the two has no interval, and nobody can tell.
+    ``differs`` is None where one of the two has no interval, or one of fewer samples than 95 % take: nobody can tell.
     """
 
     label: str
@@ -72,7 +78,8 @@ def _compare(label: str, name: str, first: Metric, second: Metric) -> Comparison
     if ratio is not None and spreads[0] is not None and spreads[1] is not None:
         factor = math.exp(math.hypot(spreads[0], spreads[1]))
         interval = (ratio / factor, ratio * factor)
-        differs = not interval[0] <= 1 <= interval[1]
+        few = any(0 < len(metric.samples) < SURE for metric in (first, second))
+        differs = None if few else not interval[0] <= 1 <= interval[1]
     elif ratio is None and first.value == second.value:
         differs = False
     return Comparison(label, name, first.unit, first.value, second.value, ratio, interval, differs)
@@ -86,7 +93,7 @@ def _log_half_width(metric: Metric) -> float | None:
 
 
 def _differences(first: Result, second: Result, pairs: list[tuple[Row, Row]]) -> Iterator[str]:
-    for key in ("kind", "version", "llama_cpp_version", "llama_cpp_commit"):
+    for key in ("kind", "version", "llama_cpp_version", "llama_cpp_commit", "onnxruntime_version"):
         yield from _differs(key, getattr(first, key), getattr(second, key))
     ours, theirs = asdict(first.machine), asdict(second.machine)
     for key in ours:
@@ -95,7 +102,11 @@ def _differences(first: Result, second: Result, pairs: list[tuple[Row, Row]]) ->
         yield from _differs(f"settings.{key}", first.settings.get(key), second.settings.get(key))
     for one, other in pairs:
         yield from _differs("model", one.label, other.label)
+        yield from _differs(f"{one.label}: image size", one.image_size, other.image_size)
         yield from _differs(f"{one.label}: visual tokens", one.image_tokens, other.image_tokens)
+        yield from _differs(
+            f"{one.label}: vision backend", one.vision_backend or "none", other.vision_backend or "none"
+        )
         hashes = [{file.role: file.sha256 for file in row.files} for row in (one, other)]
         for role in dict.fromkeys([*hashes[0], *hashes[1]]):
             if hashes[0].get(role) != hashes[1].get(role):
@@ -122,4 +133,5 @@ def markdown(compared: Compared) -> str:
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines]
-    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]]) + "\n"
+    legend = ["", _LEGEND] if any(row.differs is None for row in compared.rows) else []
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:], *legend]) + "\n"

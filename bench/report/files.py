@@ -8,6 +8,7 @@ from llava_edge.bench.record import Result, write_atomically
 from llava_edge.bench.report import table, text
 from llava_edge.bench.report.html import page
 from llava_edge.bench.report.plots import draw, plots_of
+from llava_edge.errors import InputError
 
 
 def write_report(result: Result, folder: Path, title: str) -> list[Path]:
@@ -20,6 +21,10 @@ def write_report(result: Result, folder: Path, title: str) -> list[Path]:
         "report.md": text.report(result, title, tuple(plots)),
         "report.html": page(result, title),
     }
-    for name, content in contents.items():
-        write_atomically(folder / name, content)
+    try:
+        for name, content in contents.items():
+            write_atomically(folder / name, content)
+    except OSError as error:
+        hint = "Make room; the same command draws the report again."
+        raise InputError(f"can't write the report to {folder}: {error.strerror}", hint=hint) from None
     return [folder / name for name in contents]

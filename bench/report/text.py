@@ -9,8 +9,8 @@ from llava_edge.bench.record import Result
 from llava_edge.bench.report import table
 
 LEGEND = {
-    "kl_mean": "KL divergence in nats from the reference's next-token distribution, on answers given images",
-    "perplexity_ratio": "perplexity of the answers divided by the reference's",
+    "kl_mean": "KL divergence in nats from the reference's next-token distribution, along the data's answers or text",
+    "perplexity_ratio": "perplexity of the same tokens divided by the reference's",
     "same_text": "greedy answers that are the reference's, to the letter",
     "cider_d": "CIDEr-D of the model's own captions",
     "accuracy": "own answers that are the known one, but for case and punctuation",
@@ -20,7 +20,8 @@ LEGEND = {
 }
 _INTERVALS = (
     "± is half of the 95 % interval: of a timing's median by order statistics (their range below six repetitions), "
-    "of quality by a bootstrap over pictures."
+    "of quality by a bootstrap over pictures, of the share of right or equal answers Wilson's, but where several "
+    "questions share a picture."
 )
 _SHARES = (
     "pp reads a prompt, tg writes after so many tokens (@); MFU and MBU are shares of the machine's own rate of "
@@ -49,6 +50,7 @@ def circumstances(result: Result) -> list[tuple[str, str]]:
         ("power", machine.power_source),
         ("measured", f"{result.created_utc} with llava-edge {result.version}"),
         ("llama.cpp", f"{result.llama_cpp_commit} (llama-cpp-python {result.llama_cpp_version})"),
+        *([("ONNX Runtime", result.onnxruntime_version)] if result.onnxruntime_version else []),
         ("settings", ", ".join(_flat(result.settings))),
     ]
     for name, metric in result.ceilings.items():

@@ -51,10 +51,18 @@ def start(subject: Subject, picture: Path, *, threads: int, n_ctx: int) -> ColdS
         first = child.stdout.readline()
         seconds = time.perf_counter() - started
         figures = child.stdout.read()
-        said = child.stderr.read().strip()
+        said = child.stderr.read()
     if child.returncode != 0 or first != "first token\n":
-        raise LlavaEdgeError(f"{bundle.manifest.name} fails in a process of its own: {said or child.returncode}")
+        raise LlavaEdgeError(
+            f"{bundle.manifest.name} fails in a process of its own: {complaint(child.returncode, said)}"
+        )
     return ColdStart(seconds, json.loads(figures)["peak_memory_bytes"], all(drops))
+
+
+def complaint(code: int, said: str) -> str:
+    """What a child died of: the last line of a Python program, which may have warned before, or the end of a crash."""
+    lines = said.strip().splitlines()
+    return (lines[-1] if code == 1 and lines else said.strip()[-400:]) or f"exit status {code}"
 
 
 def _drop_from_page_cache(path: Path) -> bool:
@@ -84,10 +92,17 @@ def peak_memory_bytes() -> int:
 
 
 def main(asked: str) -> None:
-    """The child: answer one question and report."""
+    """The child: an error is one line for the parent."""
+    try:
+        _answer(json.loads(asked))
+    except LlavaEdgeError as error:
+        sys.exit(str(error))
+
+
+def _answer(options: dict[str, Any]) -> None:
+    """Answer one question and report."""
     import llava_edge
 
-    options = json.loads(asked)
     bundle, picture = options.pop("bundle"), options.pop("picture")
     with llava_edge.load(bundle, cache=False, **options) as model, model.chat() as chat:
         first = True

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llava_edge.bench.speed.cold import complaint
 from llava_edge.errors import LlavaEdgeError
 from llava_edge.types import SamplingParams
 
@@ -28,9 +29,13 @@ PATIENCE_SECONDS = 900
 def run(step: str, **asked: Any) -> dict[str, float]:
     """Run a step in a process of its own; the figures that it tells."""
     command = [sys.executable, "-m", __name__, json.dumps({"step": step, **asked})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise LlavaEdgeError(f"the step {step} takes longer than {PATIENCE_SECONDS} s") from None
     if done.returncode != 0:
-        raise LlavaEdgeError(f"the step {step} fails in a process of its own: {done.stderr.strip()[-400:]}")
+        said = complaint(done.returncode, done.stderr)
+        raise LlavaEdgeError(f"the step {step} fails in a process of its own: {said}")
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 
@@ -113,13 +118,21 @@ def decode(model: llava_edge.Model, tokens: int) -> float:
 
 
 def main(asked: str) -> None:
-    """The child."""
+    """The child: an error is one line for the parent."""
+    try:
+        figures = _measure(json.loads(asked))
+    except LlavaEdgeError as error:
+        sys.exit(str(error))
+    sys.stdout.write(json.dumps(figures))
+
+
+def _measure(options: dict[str, Any]) -> dict[str, float]:
+    """The figures of a step."""
     from PIL import Image
 
     import llava_edge
     from llava_edge.cache import DiskCache
 
-    options = json.loads(asked)
     counts, settings = options["counts"], options["settings"]
     with llava_edge.load(options["bundle"], image_tokens=counts[0], **settings) as model:
         found = {"load": model.load_seconds}
@@ -137,7 +150,7 @@ def main(asked: str) -> None:
             reply = model.chat().ask(options["questions"][1], images=[options["picture"]], max_tokens=1)
             found["new_process"] = reply.timings.ttft_seconds
             found["cached_tokens"] = reply.usage.cached_tokens
-    sys.stdout.write(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

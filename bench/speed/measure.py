@@ -18,7 +18,7 @@ import llava_edge
 from llava_edge import native
 from llava_edge.bench import environment, statistics
 from llava_edge.bench.models import Subject
-from llava_edge.bench.record import Metric, Result, Row, with_metrics
+from llava_edge.bench.record import Metric, Result, Row, with_metrics, write_so_far
 from llava_edge.bench.speed import ceilings, cold
 from llava_edge.bench.speed.repeat import Limits, rate, repeat
 from llava_edge.bundle import probe_picture
@@ -55,11 +55,17 @@ class SpeedSettings:
             raise InputError(f"depths are {list(self.depths)}; expected numbers of tokens from 0 on")
 
 
-def bench_speed(subjects: Sequence[Subject], settings: SpeedSettings, say: Say = log.info) -> Result:
-    """Measure the machine's ceilings, then every bundle."""
+def bench_speed(
+    subjects: Sequence[Subject], settings: SpeedSettings, say: Say = log.info, output: Path | None = None
+) -> Result:
+    """Measure the machine's ceilings, then every bundle. After each of them the record is written to ``output``."""
     found = measure_ceilings(subjects, settings.threads, say)
-    rows = tuple(measure_speed(subject, settings, found, say) for subject in subjects)
-    return environment.result("speed", rows, asdict(settings), ceilings=found, warnings=warnings_of(rows))
+    result = environment.result("speed", (), asdict(settings), ceilings=found)
+    for subject in subjects:
+        rows = (*result.rows, measure_speed(subject, settings, found, say))
+        result = environment.result("speed", rows, asdict(settings), ceilings=found, warnings=warnings_of(rows))
+        write_so_far(output, result, say)
+    return result
 
 
 def warnings_of(rows: Sequence[Row]) -> tuple[str, ...]:

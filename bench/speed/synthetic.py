@@ -22,6 +22,7 @@ from llava_edge.bench.models import SYNTHETIC
 from llava_edge.bench.speed.ceilings import quantized_rows
 from llava_edge.bench.speed.shapes import Shape, TowerShape
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, PromptFormat, Role, VisualTokens, sha256_file
+from llava_edge.convert import publish
 from llava_edge.convert.gguf_file import tensor_types
 from llava_edge.convert.quantize import check_type, file_type, quantize
 from llava_edge.errors import InputError, require_extra
@@ -64,17 +65,22 @@ class _Matrix:
 
 @contextmanager
 def synthetic_bundle(shape: Shape, llm_type: str, mmproj_type: str, say: Callable[[str], None]) -> Iterator[Path]:
-    """A bundle's directory that is gone afterwards. It lies where caches lie, because ``/tmp`` may be memory."""
+    """A bundle's directory that is gone afterwards. It lies where caches lie, because ``/tmp`` may be memory.
+
+    What runs that were killed left there, gigabytes each, is removed first.
+    """
     root = cache_dir() / "bench"
     try:
         root.mkdir(parents=True, exist_ok=True)
+        publish.remove_leftovers(root, "synthetic-*")
         folder = tempfile.mkdtemp(prefix="synthetic-", dir=root)
     except OSError as error:
         raise InputError(f"can't write {root}: {error.strerror}", hint="Set LLAVA_EDGE_HOME to a directory.") from None
-    try:
-        yield write_synthetic(shape, Path(folder), llm_type, mmproj_type, say)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with publish.locked(Path(folder)):
+        try:
+            yield write_synthetic(shape, Path(folder), llm_type, mmproj_type, say)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_synthetic(

@@ -14,7 +14,7 @@ from pathlib import Path
 from llava_edge.bench import environment, statistics
 from llava_edge.bench.environment import BUSY, Watch
 from llava_edge.bench.models import Subject
-from llava_edge.bench.record import Metric, Result, read_result, with_metrics, write_atomically
+from llava_edge.bench.record import Metric, Result, read_result, with_metrics, write_result
 from llava_edge.bench.speed import first_token, peer
 from llava_edge.bundle import sha256_file
 from llava_edge.errors import InputError, LlavaEdgeError
@@ -77,7 +77,7 @@ def bench_ttft(
             say(f"pair {run.done + 1} of {settings.pairs}")
             run.pair()
             if output is not None:
-                write_atomically(output, run.result().to_json())
+                write_result(output, run.result())
     others = watch.others()
     if others is not None and others > BUSY:
         run.note(f"other programs used {others:.0%} of the processor: repeat it on an idle machine")

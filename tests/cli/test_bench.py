@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
+
+import pytest
 
 QUICK = ("--pp", "16", "--tg", "4", "--depth", "0", "--repetitions", "2", "--cold-starts", "0", "--threads", "1")
 
@@ -39,6 +43,16 @@ def test_bad_input_is_one_line_before_anything_is_measured(run, tiny_bundle):
         assert words in result.err.splitlines()[0]
         assert result.out == ""
     assert run("bench", "speed", tiny_bundle, "--depth", "0,x").code == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that says it can be written and can't")
+def test_figures_are_shown_where_the_record_cannot_be_written(run, tiny_bundle):
+    result = run("bench", "speed", tiny_bundle, *QUICK, "-o", "/proc/speed.json")
+    assert result.code == 1
+    assert "error: can't write /proc/speed.json" in result.err
+    assert "Traceback" not in result.err
+    if os.access("/proc", os.W_OK):
+        assert result.out.startswith("| model")
 
 
 def test_quality_says_what_is_missing(run, tiny_bundle):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ def speed(
         for shape, kind in asked:
             folder = stack.enter_context(synthetic_bundle(shape, kind, mmproj_type, _say(quiet)))
             subjects.append(open_subject(folder, image_tokens, vision_backend))
-        result = bench_speed(subjects, settings, _say(quiet))
+        result = bench_speed(subjects, settings, _say(quiet), output)
     _show(result, as_json, output)
 
 
@@ -284,7 +285,7 @@ def quality(
     base = open_subject(reference, image_tokens, vision_backend)
     settings = QualitySettings(threads or native.default_threads(), answer_tokens, text_chunks=limit)
     samples = read_data(data, images, split=split, limit=limit)
-    result = bench_quality(subjects, base, samples, settings, cache or cache_dir() / "bench", _say(quiet))
+    result = bench_quality(subjects, base, samples, settings, cache or cache_dir() / "bench", _say(quiet), output)
     _show(result, as_json, output)
 
 
@@ -375,10 +376,10 @@ def quants(
     except KeyboardInterrupt:
         terminal.note("stopped: the same command goes on from here")
         raise
+    _show(result, as_json, None)
     written = write_report(result, output, f"What quantisation costs: {result.rows[0].name}")
     if not quiet:
         terminal.note(f"written: {', '.join(map(str, written))}")
-    _show(result, as_json, None)
 
 
 @bench.command()
@@ -427,16 +428,18 @@ def _check_output(output: Path | None) -> None:
     """Before hours of work, not after them."""
     from llava_edge.errors import InputError
 
-    if output is not None and (not output.parent.is_dir() or output.is_dir()):
-        raise InputError(f"can't write {output}", hint="Name a file in a directory that exists.")
+    if output is None:
+        return
+    if not output.parent.is_dir() or output.is_dir() or not os.access(output.parent, os.W_OK | os.X_OK):
+        raise InputError(f"can't write {output}", hint="Name a file in a directory that exists and that you may write.")
 
 
 def _show(result: Result, as_json: bool, output: Path | None, table: Callable[[Result], str] | None = None) -> None:
-    from llava_edge.bench.record import write_atomically
+    from llava_edge.bench.record import write_result
     from llava_edge.bench.report import text
 
-    if output is not None:
-        write_atomically(output, result.to_json())
     for warning in result.warnings:
         terminal.note(f"warning: {warning}")
     terminal.data(result.to_json() if as_json else (table or text.summary)(result))
+    if output is not None:
+        write_result(output, result)

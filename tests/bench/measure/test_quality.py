@@ -15,11 +15,13 @@ from llava_edge.bench.quality import scores
 from llava_edge.bench.quality.cases import make_cases
 from llava_edge.bench.quality.data import read_data
 from llava_edge.bench.quality.measure import QualitySettings, bench_quality
-from llava_edge.bench.quality.store import LogitStore, compact
+from llava_edge.bench.quality.store import LogitStore, compact, versions
 from llava_edge.bench.record import Result
+from llava_edge.bench.report.compare import compare
 from llava_edge.bundle import open_bundle
 from llava_edge.engine import Engine
 from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.vision import native as native_library
 
 QUICK = QualitySettings(threads=1, answer_tokens=12, own_answer_tokens=6)
 
@@ -41,6 +43,14 @@ def test_a_bundle_does_not_diverge_from_itself(measured: tuple[Result, Path]) ->
     metrics = measured[0].rows[0].metrics
     assert metrics["kl_mean"].value == metrics["kl_p99"].value == 0
     assert metrics["top1_agreement"].value == metrics["perplexity_ratio"].value == metrics["same_text"].value == 1
+
+
+def test_the_record_names_the_references_files(measured: tuple[Result, Path]) -> None:
+    result = measured[0]
+    files = {file.role: file.sha256 for file in result.rows[0].files}
+    assert result.settings["reference_sha256"] == files
+    other = replace(result, settings={**result.settings, "reference_sha256": {**files, "llm": "0" * 64}})
+    assert any("reference_sha256" in difference for difference in compare(result, other).differences)
 
 
 def test_fewer_bits_diverge_more(measured: tuple[Result, Path]) -> None:
@@ -130,7 +140,50 @@ def test_short_answers_are_right_or_wrong(f16_bundle: Path, pictures: list[Path]
     metrics = run([f16_bundle], f16_bundle, file, tmp_path).rows[0].metrics
     assert 0 <= metrics["accuracy"].value <= 1
     assert "cider_d" not in metrics
-    assert scores.accuracy(["yes", "No!", "a cat"], [["Yes."], ["Yes."], ["dog", "A cat"]]).value == 2 / 3
+    found = scores.accuracy(["yes", "No!", "a cat"], [["Yes."], ["Yes."], ["dog", "A cat"]], ["1", "2", "3"])
+    assert found.value == 2 / 3
+
+
+def test_questions_about_one_picture_are_one_observation(
+    f16_bundle: Path, tiny_model: llava_edge.Model, pictures: list[Path], tmp_path: Path
+) -> None:
+    file = pictures[0].parent / "shared.json"
+    said = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "Yes."}]
+    shown = [picture.name for picture in pictures[:2] for _ in range(8)]
+    file.write_text(json.dumps([{"id": n, "image": name, "conversations": said} for n, name in enumerate(shown)]))
+    cases = make_cases(tiny_model, read_data(file, None), answer_tokens=9, chunks=None)
+    assert [case.sample for case in cases] == list(range(16))
+    assert len({case.group for case in cases}) == 2
+    found = run([f16_bundle], f16_bundle, file, tmp_path).rows[0].metrics["same_text"]
+    assert found.value == 1
+    # two of two, not sixteen of sixteen, and not certain: Wilson's
+    assert found.interval == pytest.approx((0.3424, 1), abs=1e-3)
+
+
+def test_the_library_that_reads_pictures_is_part_of_a_cache_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_library, "version", lambda: "libllava_edge 2")
+    assert "libllava_edge 2" in versions(["native"])
+    assert "libllava_edge 2" not in versions(["mtmd"])
+    assert len(versions(["mtmd"])) == 5
+
+
+def test_what_cannot_be_compared_is_refused_before_the_first_is_measured(
+    f16_bundle: Path, make_variant: Callable[[str], Path], captions: Path, tmp_path: Path
+) -> None:
+    reference, good = open_subject(f16_bundle), open_subject(make_variant("Q8_0"))
+    broken = replace(reference, label="broken", vision_backend="onnx")
+    with pytest.raises(LlavaEdgeError, match="no file for the vision backend onnx"):
+        bench_quality([good, broken], reference, read_data(captions, None), QUICK, tmp_path)
+    assert len(list((tmp_path / "embeddings").iterdir())) == 1  # the reference's
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    store = LogitStore(tmp_path / "logits")
+    (tmp_path / "logits").rmdir()
+    with pytest.raises(InputError, match=r"can't write .*00003\.logits: No such file"):
+        store.save(3, compact(np.zeros((2, 4), np.float32)))
 
 
 def test_texts_are_scored_in_halves_of_512_tokens(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -170,6 +223,28 @@ def test_bundles_that_are_no_variants_are_refused(
     with pytest.raises(InputError, match=says):
         bench_quality([other], reference, read_data(captions, None), QUICK, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"layers": 3}, r"its number of layers is another one \(3, not 2\)"),
+        ({"width": 128}, r"its width is another one \(128, not 64\)"),
+    ],
+)
+def test_a_language_model_of_another_size_is_no_variant(
+    f16_bundle: Path,
+    make_bundle: Callable[..., Path],
+    make_llm: Callable[..., Path],
+    make_mmproj: Callable[..., Path],
+    captions: Path,
+    tmp_path: Path,
+    change: dict[str, int],
+    says: str,
+) -> None:
+    other = open_subject(make_bundle(make_llm(**change), make_mmproj(width=change.get("width", 64))))
+    with pytest.raises(InputError, match=says):
+        bench_quality([other], open_subject(f16_bundle), read_data(captions, None), QUICK, tmp_path)
 
 
 @pytest.mark.parametrize(

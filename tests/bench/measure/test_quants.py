@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import bisect
 import json
 import os
 import shutil
@@ -13,18 +14,30 @@ from typing import Any
 
 import pytest
 
+from llava_edge.bench import environment
+from llava_edge.bench.models import open_subject
 from llava_edge.bench.quality.data import read_data
 from llava_edge.bench.quality.measure import QualitySettings
-from llava_edge.bench.quants.plan import QuantsSettings, Tower, Variant, reference_tower, towers, variants
+from llava_edge.bench.quants import make
+from llava_edge.bench.quants.plan import (
+    QuantsSettings,
+    Tower,
+    Variant,
+    check_space,
+    reference_tower,
+    towers,
+    variants,
+)
 from llava_edge.bench.quants.recommend import pareto, recommend
 from llava_edge.bench.quants.run import bench_quants
-from llava_edge.bench.record import Metric, ModelFile, Result, Row, read_result
-from llava_edge.bench.report.compare import compare
+from llava_edge.bench.record import Metric, ModelFile, Result, Row, read_result, write_atomically
+from llava_edge.bench.report.compare import compare, markdown
 from llava_edge.bench.report.files import write_report
 from llava_edge.bench.report.html import page
 from llava_edge.bench.speed.measure import SpeedSettings
 from llava_edge.bench.speed.repeat import Limits
-from llava_edge.bundle import BundleFile, open_bundle
+from llava_edge.bench.statistics import of_samples
+from llava_edge.bundle import Bundle, BundleFile, open_bundle
 from llava_edge.errors import InputError
 
 SETTINGS = QuantsSettings(
@@ -131,6 +144,7 @@ def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, t
         assert [one.metrics[name] for name in quality] == [other.metrics[name] for name in quality]
     assert {path.name for path in (tmp_path / "killed" / "work").iterdir()} == {
         "ceilings.json",
+        "measured.json",
         "rows",
         "settings.json",
     }
@@ -171,6 +185,100 @@ def test_nothing_begins_without_room(
     assert not list((tmp_path / "work").glob("rows/*"))
 
 
+def test_a_stopped_run_keeps_to_its_processor_and_its_time(
+    f16_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, types=("Q8_0",), mmproj_types=("F16",))
+    whole = bench_quants(f16_bundle, tmp_path, settings, None)
+    monkeypatch.setattr(environment, "utc_now", lambda: "2000-01-01T00:00:00Z")
+    monkeypatch.setattr(environment, "power_source", lambda: "another one")
+    again = bench_quants(f16_bundle, tmp_path, settings, None)
+    assert (again.created_utc, again.machine, again.warnings) == (whole.created_utc, whole.machine, whole.warnings)
+    (tmp_path / "work" / "rows" / "Q8_0-F16.json").unlink()
+    more = bench_quants(f16_bundle, tmp_path, settings, None)
+    assert (more.created_utc, more.machine) == ("2000-01-01T00:00:00Z", whole.machine)
+    assert any("another power source" in warning for warning in more.warnings)
+    other = replace(whole.machine, cpu="another one")
+    monkeypatch.setattr(environment, "machine", lambda: other)
+    with pytest.raises(InputError, match="holds a run with other settings: its cpu is"):
+        bench_quants(f16_bundle, tmp_path, settings, None)
+
+
+def test_what_is_made_already_needs_no_room(
+    output: Path, f16_bundle: Path, captions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    reference, data, work = open_subject(f16_bundle), read_data(captions, None), output / "work"
+
+    def passes(folder: Path, free: int) -> bool:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 0, free))
+        try:
+            check_space(SETTINGS, variants(SETTINGS, reference.bundle), reference, data, folder, keep=True)
+        except InputError:
+            return False
+        return True
+
+    needed = bisect.bisect_left(range(10**8), True, key=lambda free: passes(tmp_path, free))
+    made = sum(path.stat().st_size for path in (work / "parts").iterdir())
+    assert 0 < made < needed
+    assert passes(work, needed - made)
+
+
+def test_a_checkpoint_is_not_converted_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from llava_edge.convert import tiny
+
+    checkpoint = tiny.make(tiny.Family(), tmp_path / "checkpoint")
+    work = tmp_path / "out" / "work"
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**9, 10**9, 0))
+    with pytest.raises(InputError, match=r"about 0\.0 GB are needed in .*, 0\.0 GB are free"):
+        bench_quants(checkpoint, tmp_path / "out", SETTINGS, None)
+    assert list(work.iterdir()) == []
+
+
+def test_another_checkpoints_conversion_is_refused(f16_bundle: Path, tmp_path: Path) -> None:
+    checkpoint, work = tmp_path / "checkpoint", tmp_path / "out" / "work"
+    checkpoint.mkdir()
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    shutil.copytree(f16_bundle, work / "reference")
+    with pytest.raises(InputError, match="its reference was not made of"):
+        make.convert_source(checkpoint, work, SETTINGS, None, print)
+    write_atomically(work / "source.json", json.dumps(make.identity(checkpoint), indent=1))
+    assert make.convert_source(checkpoint, work, SETTINGS, None, print).bundle.directory == work / "reference"
+    (checkpoint / "report.json").write_text("{}")
+    make.convert_source(checkpoint, work, SETTINGS, None, print)
+    (checkpoint / "model.safetensors").write_bytes(b"weights after more training")
+    with pytest.raises(InputError, match="its reference was not made of"):
+        make.convert_source(checkpoint, work, SETTINGS, None, print)
+
+
+def test_a_folder_of_somebody_else_is_not_touched(f16_bundle: Path, tmp_path: Path) -> None:
+    for name, content in (("thesis.tex", "years"), ("settings.json", "{}"), ("rows", "")):
+        work = tmp_path / name / "work"
+        work.mkdir(parents=True)
+        (work / name).write_text(content)
+        for restart in (False, True):
+            with pytest.raises(InputError, match=f"is not a folder of this command: it holds {name}"):
+                bench_quants(f16_bundle, work.parent, SETTINGS, None, restart=restart)
+        assert (work / name).read_text() == content
+        assert len(list(work.iterdir())) == 1
+
+
+def test_restart_deletes_nothing_before_the_source_is_known(output: Path, tmp_path: Path) -> None:
+    work = shutil.copytree(output / "work", tmp_path / "work")
+    before = sorted(work.rglob("*"))
+    cases = (
+        (tmp_path / "gone", "no such bundle or checkpoint"),
+        (work / "bundles" / "F16-F16", "--restart would delete"),
+        (tmp_path, "config.json"),
+    )
+    for source, says in cases:
+        with pytest.raises(InputError, match=says):
+            bench_quants(source, tmp_path, SETTINGS, None, restart=True)
+    assert sorted(work.rglob("*")) == before
+
+
 def row(label: str, size: int, ratio: float, seconds: float, memory: float) -> Row:
     metrics = {
         "kl_mean": Metric("nats", ratio - 1),
@@ -202,6 +310,20 @@ def test_recommendations_follow_their_rules() -> None:
     assert recommend(rows[:2], 10**9)[1].label is None
 
 
+def test_without_perplexity_the_fastest_keeps_the_tasks_scores() -> None:
+    def scored(label: str, seconds: float, accuracy: float, chair: float) -> Row:
+        plain = row(label, 1, 1.0, seconds, 1e9)
+        metrics = {name: plain.metrics[name] for name in ("ttft_warm", "tg64@0", "peak_memory")}
+        scores = {"easy-vqa accuracy": Metric("score", accuracy), "chair chair_i": Metric("score", chair)}
+        return replace(plain, metrics={**metrics, **scores})
+
+    rows = [scored("F16", 3.0, 0.8, 0.1), scored("Q8_0", 2.0, 0.79, 0.1), scored("Q4_0", 1.0, 0.79, 0.2)]
+    rows.append(scored("Q2_K", 0.5, 0.5, 0.1))
+    (fastest,) = recommend(rows, 4 * 10**9)
+    assert fastest.label == "Q8_0"
+    assert fastest.rule.endswith("easy-vqa accuracy and chair chair_i at most 5% worse than F16's")
+
+
 def test_the_front_has_what_nothing_beats() -> None:
     points = {"a": (1, 5), "b": (2, 3), "c": (3, 4), "d": (4, 1), "e": (2, 6)}
     rows = [row(name, 1, 1, 1, 1) for name in points]
@@ -224,6 +346,16 @@ def test_two_results_are_compared_with_intervals(result: Result) -> None:
     assert compare(first, single).rows[0].differs is None
 
 
+@pytest.mark.parametrize(("count", "differs"), [(2, None), (5, None), (6, True)])
+def test_few_samples_tell_no_difference(result: Result, count: int, differs: bool | None) -> None:
+    """The range of two equal distributions' samples is apart every third time."""
+    row = replace(result.rows[0], metrics={"load": of_samples("s", [1 + n / 100 for n in range(count)])})
+    slow = replace(row, metrics={"load": of_samples("s", [2 + n / 100 for n in range(9)])})
+    compared = compare(replace(result, rows=(row,)), replace(result, rows=(slow,)))
+    assert compared.rows[0].differs is differs
+    assert ("fewer than 6 samples" in markdown(compared)) == (differs is None)
+
+
 def test_what_makes_results_incomparable_is_pointed_out(result: Result) -> None:
     machine = replace(result.machine, cpu="another one")
     files = (replace(result.rows[0].files[0], sha256="0" * 64), *result.rows[0].files[1:])
@@ -231,32 +363,53 @@ def test_what_makes_results_incomparable_is_pointed_out(result: Result) -> None:
         result,
         machine=machine,
         settings={**result.settings, "image_tokens": 16},
-        rows=(replace(result.rows[0], files=files), *result.rows[1:]),
+        rows=(replace(result.rows[0], files=files, vision_backend="native", image_size=64), *result.rows[1:]),
+        onnxruntime_version="0.1",
     )
     differences = compare(result, other).differences
     assert f"machine.cpu: {result.machine.cpu} and another one" in differences
     assert "settings.image_tokens: 4 and 16" in differences
     assert "F16 / F16: the llm files are different ones" in differences
+    assert "F16 / F16: vision backend: mtmd and native" in differences
+    assert "F16 / F16: image size: 32 and 64" in differences
+    assert f"onnxruntime_version: {result.onnxruntime_version} and 0.1" in differences
     with pytest.raises(InputError, match="nothing to compare"):
         compare(result, replace(result, rows=(replace(result.rows[0], label="x"), replace(result.rows[0], label="y"))))
 
 
-def test_towers_are_those_that_the_backends_run_or_that_are_asked_for(f16_bundle: Path) -> None:
-    manifest = open_bundle(f16_bundle).manifest
+def with_onnx(bundle: Bundle, **changes: Any) -> Bundle:
+    """The bundle as if it had an ONNX tower, too."""
     onnx = BundleFile("vision-fp32.onnx", "vision_onnx", "0" * 64, 1, "fp32")
-    both = replace(manifest, files=(*manifest.files, onnx), backends=("onnx", "mtmd"))
-    clip = replace(both, backends=("onnx",))  # llama.cpp reads this tower wrongly
+    fields = {"files": (*bundle.manifest.files, onnx), "backends": ("onnx", "mtmd"), **changes}
+    return replace(bundle, manifest=replace(bundle.manifest, **fields))
+
+
+def test_towers_are_those_that_the_backends_run_or_that_are_asked_for(f16_bundle: Path) -> None:
+    plain = open_bundle(f16_bundle)
+    both, only = with_onnx(plain), with_onnx(plain, backends=("onnx",))
     fp32, int8, q8 = Tower("vision_onnx", "fp32"), Tower("vision_onnx", "int8"), Tower("mmproj", "Q8_0")
-    assert towers(QuantsSettings(), manifest) == [q8]
+    assert towers(QuantsSettings(), plain) == [q8]
     assert towers(QuantsSettings(), both) == [fp32, int8, q8]
-    assert towers(QuantsSettings(), clip) == [fp32, int8]
+    assert towers(QuantsSettings(), only) == [fp32, int8]
     assert towers(QuantsSettings(mmproj_types=("Q8_0",), vision_types=("INT8",)), both) == [int8, q8]
-    assert (reference_tower(manifest), reference_tower(both)) == (Tower("mmproj", "F16"), fp32)
+    assert reference_tower(plain.manifest) == Tower("mmproj", "F16")
+    assert reference_tower(both.manifest) == fp32
     assert [v.name for v in variants(QuantsSettings(("Q4_0",), ("Q8_0",)), both)] == ["F16-fp32", "Q4_0-Q8_0"]
     with pytest.raises(InputError, match="runs with onnx: another mmproj would change nothing"):
-        towers(QuantsSettings(mmproj_types=("Q8_0",)), clip)
+        towers(QuantsSettings(mmproj_types=("Q8_0",)), only)
     with pytest.raises(InputError, match="runs with mtmd: another vision_onnx would change nothing"):
-        towers(QuantsSettings(vision_types=("int8",)), manifest)
+        towers(QuantsSettings(vision_types=("int8",)), plain)
+
+
+def test_a_tower_that_llama_cpp_reads_wrongly_is_left_out(f16_bundle: Path) -> None:
+    parity = {"mtmd": {"F16": {"right": False, "why": "positions are off by one"}}}
+    plain = open_bundle(f16_bundle)
+    clip = with_onnx(plain, parity=parity)
+    alone = replace(plain, manifest=replace(plain.manifest, parity=parity))
+    assert towers(QuantsSettings(), clip) == [Tower("vision_onnx", "fp32"), Tower("vision_onnx", "int8")]
+    for bundle, settings in ((clip, QuantsSettings(mmproj_types=("F16",))), (alone, QuantsSettings())):
+        with pytest.raises(InputError, match="can't be measured with its mmproj: positions are off by one"):
+            towers(settings, bundle)
 
 
 def test_variants_are_named_for_files() -> None:

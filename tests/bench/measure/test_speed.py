@@ -15,11 +15,12 @@ from llava_edge.bench.environment import Watch
 from llava_edge.bench.models import open_subject
 from llava_edge.bench.record import Metric, Result, read_result, write_atomically
 from llava_edge.bench.report import table
+from llava_edge.bench.speed import cold, first_token
 from llava_edge.bench.speed.ceilings import matrix_rate, read_bandwidth
 from llava_edge.bench.speed.measure import SpeedSettings, bench_speed
 from llava_edge.bench.speed.repeat import Limits, repeat
 from llava_edge.bundle import open_bundle, sha256_file
-from llava_edge.errors import InputError
+from llava_edge.errors import InputError, LlavaEdgeError
 
 QUICK = SpeedSettings(1, 16, 4, (0, 8, 5000), 1, Limits(2, 2, 5))
 
@@ -69,6 +70,27 @@ def test_the_context_has_room_for_every_tile_of_a_picture(tiny_bundle: Path) -> 
     tiled = replace(subject.bundle, manifest=replace(subject.bundle.manifest, image=image))
     # 2 x 2 cells a tile: the whole, and three tiles on top of each other with an end after each of their six rows
     assert replace(subject, bundle=tiled).picture_tokens == 4 + 6 * (2 + 1)
+
+
+def test_a_start_that_fails_says_why_in_a_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    subject, picture = open_subject(tiny_bundle), tmp_path / "picture.png"
+    picture.write_text("no picture")
+    with pytest.raises(LlavaEdgeError, match=r"process of its own: .*picture\.png is not a picture") as caught:
+        cold.start(subject, picture, threads=1, n_ctx=256)
+    assert len(str(caught.value).splitlines()) == 1
+    asked = {"bundle": str(tiny_bundle), "counts": [4], "settings": {"n_threads": 1}, "questions": ["a", "b"]}
+    with pytest.raises(LlavaEdgeError, match=r"process of its own: .*picture\.png is not a picture") as caught:
+        first_token.run("again", picture=str(picture), **asked)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_rows_are_written_before_a_later_bundle_fails(tiny_bundle: Path, tmp_path: Path) -> None:
+    good = open_subject(tiny_bundle)
+    bad = replace(good, label="bad", vision_backend="onnx")
+    settings = replace(QUICK, cold_starts=0, depths=(0,))
+    with pytest.raises(LlavaEdgeError, match="vision backend onnx"):
+        bench_speed([good, bad], settings, lambda _line: None, tmp_path / "speed.json")
+    assert [row.label for row in read_result(tmp_path / "speed.json").rows] == [good.label]
 
 
 def test_a_record_survives_its_file(result: Result, tmp_path: Path) -> None:
@@ -190,7 +212,9 @@ def test_the_power_source_is_what_the_system_says(
 def test_energy_is_the_sum_of_the_packages_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_RAPL", tmp_path)
     assert environment.energy_joules() is None
-    for zone in ("intel-rapl:0", "intel-rapl:1", "intel-rapl:0:0"):
+    zones = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "core", "intel-rapl:2": "psys"}
+    for zone, name in zones.items():
         (tmp_path / zone).mkdir()
+        (tmp_path / zone / "name").write_text(f"{name}\n")
         (tmp_path / zone / "energy_uj").write_text("2500000\n")
     assert environment.energy_joules() == 5.0

@@ -86,5 +86,12 @@ def test_nothing_is_left_behind_and_nothing_begun_without_room(tmp_path: Path, m
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not list((tmp_path / "bench").iterdir())
+    killed = tmp_path / "bench" / "synthetic-of-a-killed-run"
+    killed.mkdir()
+    (killed / "llm-Q8_0.gguf").write_bytes(b"weights")
+    with synthetic_bundle(TINY, "Q8_0", "F16", lambda _line: None) as held:
+        assert not killed.exists()
+        with synthetic_bundle(TINY, "Q8_0", "F16", lambda _line: None):
+            assert held.exists()
     with pytest.raises(InputError, match=r"GB are needed in .*GB are free"):
         synthetic._check_space(tmp_path, 1 << 60)
