@@ -23,7 +23,7 @@ from llava_edge.bundle import image_from_fields
 from llava_edge.errors import InputError
 from llava_edge.strict_json import Fields
 from llava_edge.train_gpu import checkpoint
-from llava_edge.train_gpu.prompts import FORMATS, IMAGE
+from llava_edge.train_gpu.prompts import FORMATS, IMAGE, blank_before_every_run, blank_opens
 from llava_edge.types import FitMode, ImageSpec
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ def assemble_into(directory: Path, parts: ModelConfig, data: DataConfig, seed: i
         raise InputError(f"transformers can't load model.llm or model.vision_tower: {error}") from None
     tower = getattr(tower, "vision_model", tower)  # CLIP and SigLIP come with a text model
     tokenizer = load_tokenizer(parts.llm)
+    blank_before_every_run(tokenizer)
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE], special_tokens=True)
         if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
@@ -192,8 +193,10 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
     text = FORMATS[name]
     stop = text.stop.replace("{eos}", tokenizer.eos_token or "")
     begins = text.bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    special = tuple(tokenizer.get_added_vocab())
+    opens = blank_opens(tokenizer) and not (text.opening + text.user).startswith(special)
     return {
-        "bos": tokenizer.bos_token if begins else "",
+        "bos": (tokenizer.bos_token if begins else "") + " " * opens,
         "system": text.system,
         "default_system": text.default_system,
         "user_prefix": text.user,

@@ -94,13 +94,20 @@ def save_checkpoint(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    save_tokenizer(partial, tokenizer)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     if recipe is not None:
         (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     for file in partial.iterdir():
         files.sync(file)
     files.replace_directory(partial, directory)
+
+
+def save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer with all that it is made of when it is read again."""
+    if hasattr(tokenizer, "legacy"):  # where LLaMA's puts blanks; transformers forgets to write it
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    tokenizer.save_pretrained(directory)
 
 
 def read_description(directory: Path) -> dict[str, Any]:
