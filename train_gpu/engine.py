@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from llava_edge.train_gpu.model import Trainee
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
+# How long the others wait while the main process caches features, hashes data or writes the checkpoint; by default
+# NCCL ends a run after ten minutes of it. A process that has died ends the run at once all the same.
+_PATIENCE = timedelta(days=1)
 
 
 class Engine:
@@ -39,7 +43,10 @@ class Engine:
 
     def __init__(self, trainee: Trainee, optimizer: torch.optim.Optimizer, scale: ScaleConfig) -> None:
         self.sharded = scale.sharding == "fsdp2"
-        self.accelerator = Accelerator(fsdp_plugin=_fsdp_plugin(trainee, scale) if self.sharded else None)
+        self.accelerator = Accelerator(
+            fsdp_plugin=_fsdp_plugin(trainee, scale) if self.sharded else None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
         if self.sharded and self.accelerator.num_processes == 1:
             raise InputError(
                 "scale.sharding fsdp2 divides a model over several processes; there is one",
