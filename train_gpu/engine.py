@@ -94,8 +94,13 @@ class Engine:
         return [float(value) for value in total]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Inside it gradients stay in their process, unless it is the ``last`` pass of a step."""
-        return nullcontext() if last or self.world == 1 else self.accelerator.no_sync(self.forward)
+        """Inside it gradients stay in their process, unless it is the ``last`` pass of a step.
+
+        Divided ones are always shared out: kept, those of the whole model would lie in each process.
+        """
+        if last or self.world == 1 or self.sharded:
+            return nullcontext()
+        return cast("AbstractContextManager[Any]", self.accelerator.no_sync(self.forward))
 
     def clip(self, limit: float) -> float:
         """Bring the gradient's norm below a limit, and tell what it was."""
