@@ -88,9 +88,10 @@ class Engine:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number, added up over the processes."""
+        if self.world == 1:
+            return [float(value) for value in values]  # not every device has float64
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total)
         return [float(value) for value in total]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
