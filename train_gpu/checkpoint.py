@@ -53,10 +53,7 @@ def commit_state(run: Path, step: int, keep: int) -> None:
             files.sync(file)
     files.sync(partial)
     final = partial.with_suffix("")
-    if final.exists():  # the same step, saved before a stop
-        shutil.rmtree(final)
-    partial.rename(final)
-    files.sync(run)
+    files.replace_directory(partial, final)  # one of this step may be there from before the run went back
     write_text(run / MARKER, final.name + "\n")
     for old in sorted(run.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
@@ -68,6 +65,7 @@ def last_state(run: Path) -> Path:
         state = run / (run / MARKER).read_text().strip()
     except FileNotFoundError:
         raise InputError(f"nothing to resume: {run} has no saved state", hint="Start without --resume.") from None
+    files.recover_directory(state)
     if not state.is_dir():
         raise InputError(f"nothing to resume: {run / MARKER} names {state.name}, which is not there")
     return state

@@ -120,6 +120,7 @@ class Run:
         self.dev = DevSet(asked, recipe, renderer, self.mixture) if asked else None
         self.guard = LossGuard(self.directory, recipe.optim.spike_factor, writes=self.engine.main)
         self.step, self.seconds = 0, 0.0
+        self.saved: int | None = None  # the step whose state is on the disk
         if state is not None:
             self._restore(state)
         self.journal = Journal(self.directory, self.step) if self.engine.main else None
@@ -227,7 +228,9 @@ class Run:
             self.journal.answers(self.step, answers)
 
     def save(self) -> None:
-        """Save the state of this step; every process calls it."""
+        """Save the state of this step, unless that is done; every process calls it."""
+        if self.saved == self.step:
+            return
         if self.engine.main:
             checkpoint.begin_state(self.directory, self.step)
         self.engine.wait()
@@ -237,10 +240,12 @@ class Run:
         if self.engine.main:
             checkpoint.commit_state(self.directory, self.step, self.recipe.keep)
         self.engine.wait()
+        self.saved = self.step
 
     def _restore(self, state: Path) -> None:
         values = self.engine.restore(state)
         self.step, self.seconds = values["step"], values["seconds"]
+        self.saved = self.step
         self.guard.recent.extend(values["recent"])
         log.info("resumed at step %d", self.step)
 
