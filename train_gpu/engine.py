@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from llava_edge.train_gpu.model import Trainee
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
+# The settings of an optimiser's groups that are the recipe's, and not the state of a run.
+_SETTINGS = ("base_lr", "betas", "weight_decay")
 # How long the others wait while the main process caches features, hashes data or writes the checkpoint; by default
 # NCCL ends a run after ten minutes of it. A process that has died ends the run at once all the same.
 _PATIENCE = timedelta(days=1)
@@ -123,7 +125,8 @@ class Engine:
         torch.save(_random_state(), directory / f"random-{self.rank}.pt")
 
     def restore(self, directory: Path) -> dict[str, Any]:
-        """Take up what :meth:`save` wrote and return its ``values``."""
+        """Take up what :meth:`save` wrote and return its ``values``. Rates and decay stay those of the recipe."""
+        settings = [{name: group[name] for name in _SETTINGS} for group in self.optimizer.param_groups]
         if self.sharded:
             weights, optimizer = get_state_dict(self.forward, self.optimizer, options=_TRAINED)
             shards: dict[str, Any] = {"weights": weights, "optimizer": optimizer}
@@ -142,6 +145,8 @@ class Engine:
                 raise InputError(f"{directory} was saved by a run that trains other weights than this recipe")
             self.trainee.load_state_dict(found, strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         if (directory / f"random-{self.rank}.pt").is_file():
             _set_random_state(checkpoint.load(directory / f"random-{self.rank}.pt"))
         return checkpoint.load(directory / "run.pt")
