@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PREPROCESSOR = "preprocessor_config.json"
+PARTS = "parts.json"
 # Files that people who use transformers alone need beside the weights.
 COMPANIONS = (PREPROCESSOR, "processor_config.json", "chat_template.jinja", "chat_template.json")
 
@@ -61,9 +62,24 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def made_of(directory: Path) -> dict[str, Any] | None:
+    """What the checkpoint in a folder was put together from; None if there is no whole one."""
+    if not (directory / checkpoint.DESCRIPTION).is_file() or not (directory / PARTS).is_file():
+        return None
+    parts: dict[str, Any] = json.loads((directory / PARTS).read_text())
+    return parts
+
+
+def parts_record(parts: ModelConfig, seed: int) -> dict[str, Any]:
+    """What the checkpoint that :func:`assemble_into` makes depends on, as it is kept beside it."""
+    values = {name: value for name, value in asdict(parts).items() if name != "tower_blocks"}
+    return {**values, "feature_layers": list(parts.feature_layers), "seed": seed}
+
+
 def assemble_into(directory: Path, parts: ModelConfig, data: DataConfig, seed: int) -> None:
     """Write the checkpoint that ``model.llm`` and ``model.vision_tower`` make with a fresh projector, if not there."""
-    if (directory / checkpoint.DESCRIPTION).is_file():
+    record = parts_record(parts, seed)
+    if made_of(directory) == record:
         return
     log.info("putting %s and %s together", parts.llm, parts.vision_tower)
     try:
@@ -82,6 +98,7 @@ def assemble_into(directory: Path, parts: ModelConfig, data: DataConfig, seed: i
     spec = _image_spec(parts.vision_tower, model.config)
     checkpoint.save_checkpoint(directory, model, tokenizer, describe(model, spec, tokenizer, data))
     copy_companions(parts.vision_tower, directory)
+    checkpoint.write_text(directory / PARTS, json.dumps(record, indent=2) + "\n")
 
 
 def _join(tower: Any, llm: Any, image_token: int, parts: ModelConfig, seed: int) -> LlavaForConditionalGeneration:

@@ -163,6 +163,21 @@ def test_a_linear_projector_stays_one_matrix_and_is_converted(make: Callable[...
     assert parity["mmproj"]["F16"]["cosine_min"] >= 0.999
 
 
+def test_a_changed_model_is_put_together_again_until_a_state_is_saved(make: Callable[..., Recipe]) -> None:
+    def projector(*changes: str, resume: bool = False) -> torch.Tensor:
+        init = Run(make("changed", "align", "optim.steps=1", *changes), resume=resume).init
+        return weights(Path(init))["model.multi_modal_projector.linear_2.weight"]
+
+    first = projector()
+    assert torch.equal(projector(), first)
+    assert not torch.equal(projector("seed=1"), first)
+    assert torch.equal(projector("model.projector=linear"), torch.eye(48))
+    train(make("changed", "align", "optim.steps=1", "model.projector=linear"))
+    assert torch.equal(projector("model.projector=linear", resume=True), torch.eye(48))
+    with pytest.raises(InputError, match=r"began with other parts.*changed: projector, seed"):
+        projector("seed=1", resume=True)
+
+
 def test_the_result_answers_in_plain_transformers_as_in_training(make: Callable[..., Recipe]) -> None:
     recipe = make("plain", "finetune", "optim.steps=2")
     run = Run(recipe)
