@@ -21,7 +21,7 @@ from llava_edge.convert.checkpoint import (
     text_requirements,
 )
 from llava_edge.convert.pictures import image_spec, preprocessor_config
-from llava_edge.convert.projector import Projector
+from llava_edge.convert.projector import Projector, joined_projector
 from llava_edge.convert.prompts import find_prompt
 from llava_edge.convert.tower import MODEL_TYPES, Tower, tower_from_config, unsupported
 from llava_edge.convert.weights import Stored, Weights, read_directory
@@ -61,17 +61,18 @@ def open_hf(
         description, notes = _describe(directory, name or directory.resolve().name, config, tower, options)
     check(description_requirements(description, tower))
     text = config.text_config
+    one_matrix = config.projector_hidden_act == "linear"
     return Checkpoint(
         directory=directory,
         tokenizer_directory=directory,
         text_config=text,
         tower=tower,
-        projector=Projector(2, len(layers) * tower.width, text.hidden_size),
+        projector=Projector(1 if one_matrix else 2, len(layers) * tower.width, text.hidden_size),
         feature_layers=layers,
         tied=bool(config.tie_word_embeddings or text.tie_word_embeddings),
         image_newline=kind != "llava",
         description=description,
-        open_weights=lambda: Weights(read()),
+        open_weights=lambda: Weights(joined_projector(read()) if one_matrix else read()),
         notes=notes,
     )
 
@@ -96,7 +97,8 @@ def _requirements(config: LlavaConfig, tower: Tower) -> Iterator[tuple[str, obje
     """Fields of ``config.json``, their values, and the only values with which the files come out right."""
     has_token = tower.family != "siglip"
     yield "vision_feature_select_strategy", config.vision_feature_select_strategy, "default" if has_token else "full"
-    yield "projector_hidden_act", config.projector_hidden_act, "gelu"
+    if config.projector_hidden_act not in ("gelu", "linear"):
+        raise unsupported("projector_hidden_act", config.projector_hidden_act, "gelu", "linear")
     yield from text_requirements(config.text_config, "text_config.")
 
 

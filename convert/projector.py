@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llava_edge.convert.tower import Lazy
+from llava_edge.convert.weights import Stored, Weights
+from llava_edge.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
-
-    from llava_edge.convert.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,32 @@ def _layer(weights: Weights, name: str, rows: int, columns: int) -> tuple[Lazy, 
         return weight, Lazy((rows,), lambda: np.zeros(rows, np.float32))
     weights.check_shape(f"{name}.bias", (rows,))
     return weight, Lazy((rows,), lambda: weights.take(f"{name}.bias"))
+
+
+def joined_projector(stored: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Two layers without an activation between them as the one that they are: W = W2 W1, b = W2 b1 + b2."""
+    weights = Weights(stored)
+    first, second = (weights.stored(f"projector.{number}.weight") for number in (0, 1))
+    if second.shape[1:] != first.shape[:1]:
+        raise InputError(
+            f"{second.file}: the tensor {second.name} has the shape {list(second.shape)}, which doesn't fit behind "
+            f"{first.name} with {list(first.shape)}",
+            hint="config.json and the weights are of two models.",
+        )
+
+    def matrix() -> torch.Tensor:
+        return second.load().float() @ first.load().float()
+
+    joined = {name: tensor for name, tensor in stored.items() if not name.startswith("projector.")}
+    joined["projector.0.weight"] = Stored(second.file, second.name, (second.shape[0], first.shape[1]), matrix)
+    if any(f"projector.{number}.bias" in weights for number in (0, 1)):
+        inner, outer = (weights.stored(f"projector.{number}.bias") for number in (0, 1))
+
+        def bias() -> torch.Tensor:
+            return second.load().float() @ inner.load().float() + outer.load().float()
+
+        joined["projector.0.bias"] = Stored(outer.file, outer.name, outer.shape, bias)
+    return joined
 
 
 def as_two_layers(weight: Lazy, bias: Lazy) -> list[tuple[Lazy, Lazy]]:

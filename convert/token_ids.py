@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llava_edge.convert.cases import prompt_ids
+from llava_edge.convert.checkpoint import DESCRIPTION_NAME
 from llava_edge.convert.parity import TokenizerParity
 from llava_edge.convert.tokenizer import space_rule
 
@@ -59,8 +60,8 @@ def reference_prompt(
     system = prompt.system.replace("{system}", prompt.default_system) if prompt.default_system else ""
     # The blank that opens a prompt is the tokenizer's own when the text stands at the start of a call.
     begin = prompt.bos.removesuffix(" ") if rule.opening else prompt.bos
-    opened = begin != prompt.bos
     first = (begin, system + prompt.user_prefix)
+    opened = begin != prompt.bos or (rule.opening and _trained_here(checkpoint) and _begins_plain(tokenizer, first[1]))
     rest = prompt.image_suffix + question + prompt.user_suffix + prompt.assistant_prefix
     marker = _marker(tokenizer)
     if checkpoint.split_calls or marker is None:
@@ -71,6 +72,15 @@ def reference_prompt(
         ids = _ids(tokenizer, begin + first[1] + marker + rest)
     at = ids.index(tokenizer.convert_tokens_to_ids(marker))
     return ids[:at], ids[at + 1 :]
+
+
+def _trained_here(checkpoint: Checkpoint) -> bool:
+    """Then prompts were written as transformers reads them, whatever the description says of the first blank."""
+    return (checkpoint.directory / DESCRIPTION_NAME).is_file()
+
+
+def _begins_plain(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return bool(text) and not text.startswith(tuple(tokenizer.get_added_vocab()))
 
 
 def _marker(tokenizer: PreTrainedTokenizerBase) -> str | None:

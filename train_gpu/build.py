@@ -23,7 +23,7 @@ from llava_edge.bundle import image_from_fields
 from llava_edge.errors import InputError
 from llava_edge.strict_json import Fields
 from llava_edge.train_gpu import checkpoint
-from llava_edge.train_gpu.prompts import FORMATS, IMAGE
+from llava_edge.train_gpu.prompts import FORMATS, IMAGE, blank_before_every_run, blank_opens
 from llava_edge.types import FitMode, ImageSpec
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PREPROCESSOR = "preprocessor_config.json"
+PARTS = "parts.json"
 # Files that people who use transformers alone need beside the weights.
 COMPANIONS = (PREPROCESSOR, "processor_config.json", "chat_template.jinja", "chat_template.json")
 
@@ -61,9 +62,24 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def made_of(directory: Path) -> dict[str, Any] | None:
+    """What the checkpoint in a folder was put together from; None if there is no whole one."""
+    if not (directory / checkpoint.DESCRIPTION).is_file() or not (directory / PARTS).is_file():
+        return None
+    parts: dict[str, Any] = json.loads((directory / PARTS).read_text())
+    return parts
+
+
+def parts_record(parts: ModelConfig, seed: int) -> dict[str, Any]:
+    """What the checkpoint that :func:`assemble_into` makes depends on, as it is kept beside it."""
+    values = {name: value for name, value in asdict(parts).items() if name != "tower_blocks"}
+    return {**values, "feature_layers": list(parts.feature_layers), "seed": seed}
+
+
 def assemble_into(directory: Path, parts: ModelConfig, data: DataConfig, seed: int) -> None:
     """Write the checkpoint that ``model.llm`` and ``model.vision_tower`` make with a fresh projector, if not there."""
-    if (directory / checkpoint.DESCRIPTION).is_file():
+    record = parts_record(parts, seed)
+    if made_of(directory) == record:
         return
     log.info("putting %s and %s together", parts.llm, parts.vision_tower)
     try:
@@ -73,6 +89,7 @@ def assemble_into(directory: Path, parts: ModelConfig, data: DataConfig, seed: i
         raise InputError(f"transformers can't load model.llm or model.vision_tower: {error}") from None
     tower = getattr(tower, "vision_model", tower)  # CLIP and SigLIP come with a text model
     tokenizer = load_tokenizer(parts.llm)
+    blank_before_every_run(tokenizer)
     if IMAGE not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE], special_tokens=True)
         if len(tokenizer) > llm.get_input_embeddings().weight.shape[0]:
@@ -81,6 +98,7 @@ def assemble_into(directory: Path, parts: ModelConfig, data: DataConfig, seed: i
     spec = _image_spec(parts.vision_tower, model.config)
     checkpoint.save_checkpoint(directory, model, tokenizer, describe(model, spec, tokenizer, data))
     copy_companions(parts.vision_tower, directory)
+    checkpoint.write_text(directory / PARTS, json.dumps(record, indent=2) + "\n")
 
 
 def _join(tower: Any, llm: Any, image_token: int, parts: ModelConfig, seed: int) -> LlavaForConditionalGeneration:
@@ -192,8 +210,10 @@ def _prompt(tokenizer: PreTrainedTokenizerBase, name: str) -> dict[str, Any]:
     text = FORMATS[name]
     stop = text.stop.replace("{eos}", tokenizer.eos_token or "")
     begins = text.bos and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    special = tuple(tokenizer.get_added_vocab())
+    opens = blank_opens(tokenizer) and not (text.opening + text.user).startswith(special)
     return {
-        "bos": tokenizer.bos_token if begins else "",
+        "bos": (tokenizer.bos_token if begins else "") + " " * opens,
         "system": text.system,
         "default_system": text.default_system,
         "user_prefix": text.user,

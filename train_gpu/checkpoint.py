@@ -53,10 +53,7 @@ def commit_state(run: Path, step: int, keep: int) -> None:
             files.sync(file)
     files.sync(partial)
     final = partial.with_suffix("")
-    if final.exists():  # the same step, saved before a stop
-        shutil.rmtree(final)
-    partial.rename(final)
-    files.sync(run)
+    files.replace_directory(partial, final)  # one of this step may be there from before the run went back
     write_text(run / MARKER, final.name + "\n")
     for old in sorted(run.glob("step-????????"))[:-keep]:
         shutil.rmtree(old)
@@ -68,6 +65,7 @@ def last_state(run: Path) -> Path:
         state = run / (run / MARKER).read_text().strip()
     except FileNotFoundError:
         raise InputError(f"nothing to resume: {run} has no saved state", hint="Start without --resume.") from None
+    files.recover_directory(state)
     if not state.is_dir():
         raise InputError(f"nothing to resume: {run / MARKER} names {state.name}, which is not there")
     return state
@@ -94,13 +92,20 @@ def save_checkpoint(
     partial = directory.with_name(directory.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
+    save_tokenizer(partial, tokenizer)
     (partial / DESCRIPTION).write_text(json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     if recipe is not None:
         (partial / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     for file in partial.iterdir():
         files.sync(file)
     files.replace_directory(partial, directory)
+
+
+def save_tokenizer(directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer with all that it is made of when it is read again."""
+    if hasattr(tokenizer, "legacy"):  # where LLaMA's puts blanks; transformers forgets to write it
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    tokenizer.save_pretrained(directory)
 
 
 def read_description(directory: Path) -> dict[str, Any]:

@@ -121,6 +121,17 @@ class LoraConfig:
     alpha: int = 0
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise InputError(f"lora.rank is {self.rank}; expected 0, which is no adapters, or more")
+        if self.rank and self.alpha <= 0:
+            raise InputError(
+                f"lora.alpha is {self.alpha}; expected a number above 0",
+                hint="Adapters are multiplied by alpha / rank: with 0 they do nothing. Twice the rank is usual.",
+            )
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"lora.dropout is {self.dropout}; expected 0 or more and below 1")
+
 
 @dataclass(frozen=True)
 class OptimConfig:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
     from llava_edge.train_gpu.model import Trainee
 
 _TRAINED = StateDictOptions(ignore_frozen_params=True)
+# The settings of an optimiser's groups that are the recipe's, and not the state of a run.
+_SETTINGS = ("base_lr", "betas", "weight_decay")
+# How long the others wait while the main process caches features, hashes data or writes the checkpoint; by default
+# NCCL ends a run after ten minutes of it. A process that has died ends the run at once all the same.
+_PATIENCE = timedelta(days=1)
 
 
 class Engine:
@@ -39,7 +45,10 @@ class Engine:
 
     def __init__(self, trainee: Trainee, optimizer: torch.optim.Optimizer, scale: ScaleConfig) -> None:
         self.sharded = scale.sharding == "fsdp2"
-        self.accelerator = Accelerator(fsdp_plugin=_fsdp_plugin(trainee, scale) if self.sharded else None)
+        self.accelerator = Accelerator(
+            fsdp_plugin=_fsdp_plugin(trainee, scale) if self.sharded else None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )
         if self.sharded and self.accelerator.num_processes == 1:
             raise InputError(
                 "scale.sharding fsdp2 divides a model over several processes; there is one",
@@ -81,14 +90,20 @@ class Engine:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number, added up over the processes."""
+        if self.world == 1:
+            return [float(value) for value in values]  # not every device has float64
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world > 1:
-            torch.distributed.all_reduce(total)
+        torch.distributed.all_reduce(total)
         return [float(value) for value in total]
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """Inside it gradients stay in their process, unless it is the ``last`` pass of a step."""
-        return nullcontext() if last or self.world == 1 else self.accelerator.no_sync(self.forward)
+        """Inside it gradients stay in their process, unless it is the ``last`` pass of a step.
+
+        Divided ones are always shared out: kept, those of the whole model would lie in each process.
+        """
+        if last or self.world == 1 or self.sharded:
+            return nullcontext()
+        return cast("AbstractContextManager[Any]", self.accelerator.no_sync(self.forward))
 
     def clip(self, limit: float) -> float:
         """Bring the gradient's norm below a limit, and tell what it was."""
@@ -110,7 +125,8 @@ class Engine:
         torch.save(_random_state(), directory / f"random-{self.rank}.pt")
 
     def restore(self, directory: Path) -> dict[str, Any]:
-        """Take up what :meth:`save` wrote and return its ``values``."""
+        """Take up what :meth:`save` wrote and return its ``values``. Rates and decay stay those of the recipe."""
+        settings = [{name: group[name] for name in _SETTINGS} for group in self.optimizer.param_groups]
         if self.sharded:
             weights, optimizer = get_state_dict(self.forward, self.optimizer, options=_TRAINED)
             shards: dict[str, Any] = {"weights": weights, "optimizer": optimizer}
@@ -129,6 +145,8 @@ class Engine:
                 raise InputError(f"{directory} was saved by a run that trains other weights than this recipe")
             self.trainee.load_state_dict(found, strict=False)
             self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         if (directory / f"random-{self.rank}.pt").is_file():
             _set_random_state(checkpoint.load(directory / f"random-{self.rank}.pt"))
         return checkpoint.load(directory / "run.pt")

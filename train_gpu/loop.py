@@ -86,7 +86,7 @@ class Run:
                 f"{self.directory} holds the state of an earlier run, {checkpoint.last_state(self.directory).name}",
                 hint="Go on from it with --resume, or remove the folder to begin again.",
             )
-        self.init = _starting_checkpoint(recipe, self.directory)
+        self.init = _starting_checkpoint(recipe, self.directory, resumed=resume)
         model = build.load_model(self.init)
         self.tokenizer = build.load_tokenizer(self.init)
         before = build.read_or_make_description(self.init, model, self.tokenizer, recipe.data)
@@ -120,6 +120,7 @@ class Run:
         self.dev = DevSet(asked, recipe, renderer, self.mixture) if asked else None
         self.guard = LossGuard(self.directory, recipe.optim.spike_factor, writes=self.engine.main)
         self.step, self.seconds = 0, 0.0
+        self.saved: int | None = None  # the step whose state is on the disk
         if state is not None:
             self._restore(state)
         self.journal = Journal(self.directory, self.step) if self.engine.main else None
@@ -227,7 +228,9 @@ class Run:
             self.journal.answers(self.step, answers)
 
     def save(self) -> None:
-        """Save the state of this step; every process calls it."""
+        """Save the state of this step, unless that is done; every process calls it."""
+        if self.saved == self.step:
+            return
         if self.engine.main:
             checkpoint.begin_state(self.directory, self.step)
         self.engine.wait()
@@ -237,10 +240,12 @@ class Run:
         if self.engine.main:
             checkpoint.commit_state(self.directory, self.step, self.recipe.keep)
         self.engine.wait()
+        self.saved = self.step
 
     def _restore(self, state: Path) -> None:
         values = self.engine.restore(state)
         self.step, self.seconds = values["step"], values["seconds"]
+        self.saved = self.step
         self.guard.recent.extend(values["recent"])
         log.info("resumed at step %d", self.step)
 
@@ -302,14 +307,22 @@ def _signals() -> Generator[_Caught]:
             signal.signal(number, handler)
 
 
-def _starting_checkpoint(recipe: Recipe, directory: Path) -> str:
+def _starting_checkpoint(recipe: Recipe, directory: Path, *, resumed: bool) -> str:
     if recipe.init is not None:
         return recipe.init
-    target = directory / "init"
+    target, wanted = directory / "init", build.parts_record(recipe.model, recipe.seed)
+    if resumed and (target / checkpoint.DESCRIPTION).is_file():
+        before = build.made_of(target) or wanted  # runs of earlier versions kept no record
+        if changed := sorted(name for name, value in wanted.items() if before.get(name) != value):
+            raise InputError(
+                f"the run began with other parts than the recipe's [model] and seed; changed: {', '.join(changed)}",
+                hint=f"Go on with the recipe as it was, or remove {directory} to begin again.",
+            )
+        return str(target)
     if os.environ.get("RANK", "0") == "0":  # before the processes know each other
         build.assemble_into(target, recipe.model, recipe.data, recipe.seed)
     deadline = time.monotonic() + 3600
-    while not (target / checkpoint.DESCRIPTION).is_file():
+    while build.made_of(target) != wanted:
         if time.monotonic() > deadline:
             raise InputError(f"the first process has not written {target} within an hour")
         time.sleep(1)

@@ -236,6 +236,6 @@ def _merge_adapters(llm: PeftModel, target: nn.Module) -> None:
     plain = dict(target.named_modules())
     for name, module in llm.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
-            delta = module.lora_B["default"].weight @ module.lora_A["default"].weight
-            weight = plain[name].weight
+            weight = plain[name].weight  # on the CPU, while the adapters may be on a GPU
+            delta = (module.lora_B["default"].weight @ module.lora_A["default"].weight).to(weight.device)
             weight.copy_(weight.float() + delta.float() * module.scaling["default"])

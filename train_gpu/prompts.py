@@ -3,13 +3,21 @@
 The text between two special tokens or pictures is tokenised in one call, as the runtime does, and never parsed for
 special tokens where it comes from a sample, so no sample can forge a turn. Which tokens are labelled follows from
 where their characters stand; a token that lies across the edge of an answer is an error, never a wrong label.
+
+A SentencePiece vocabulary puts a blank in front of a text's first word. LLaVA was trained with one in front of every
+such run of text; transformers has it at the very start of a prompt only, unless the tokenizer says otherwise. What the
+tokenizer says is done here, as transformers and the runtime do it, and :func:`blank_before_every_run` makes a tokenizer
+say what the original did.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from tokenizers import pre_tokenizers
 
 from llava_edge.errors import InputError
 
@@ -102,6 +110,11 @@ class Renderer:
         if not tokenizer.is_fast:
             raise InputError("the tokenizer has no fast form, which tells where each token's characters stand")
         self.tokenizer = tokenizer
+        # For text behind other tokens; a call for it alone would take its first word for the prompt's.
+        self._inside = tokenizer
+        if blank_opens(tokenizer):
+            self._inside = copy.deepcopy(tokenizer)
+            _set_blank(self._inside, "never")
         self.image_token = image_token
         self.text = FORMATS[name]
         self._bos = _first_token(tokenizer) if self.text.bos else []
@@ -172,9 +185,8 @@ class Renderer:
         if not run:
             return
         text = "".join(piece.text for piece in run)
-        coded: Any = self.tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        )
+        tokenizer = self._inside if len(tokens.ids) > len(self._bos) else self.tokenizer
+        coded: Any = tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
         ids: list[int] = coded["input_ids"]
         answers = [piece.answer for piece in run for _ in piece.text]  # one a character
         for index, (token, (start, end)) in enumerate(zip(ids, coded["offset_mapping"], strict=True)):
@@ -197,3 +209,23 @@ def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token that the tokenizer itself puts before every text, if it does."""
     ids: list[int] = tokenizer("")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+
+
+def blank_opens(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts a blank before the very first word of a prompt, and before no other run of text."""
+    split = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    return isinstance(split, pre_tokenizers.Metaspace) and split.prepend_scheme == "first"
+
+
+def blank_before_every_run(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Change such a tokenizer to what LLaVA and the language models below it were trained with."""
+    if blank_opens(tokenizer):
+        _set_blank(tokenizer, "always")
+        if hasattr(tokenizer, "legacy"):  # transformers makes LLaMA's anew by this, whatever tokenizer.json says
+            tokenizer.legacy = True
+
+
+def _set_blank(tokenizer: Any, scheme: str) -> None:
+    backend = tokenizer.backend_tokenizer
+    split = backend.pre_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split.replacement, prepend_scheme=scheme, split=split.split)

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 from llava_edge.convert import convert_checkpoint
 from llava_edge.convert.checkpoint import open_checkpoint
+from llava_edge.convert.projector import projector_layers
 from llava_edge.convert.tiny import FAMILIES, make
 from llava_edge.convert.weights import Weights, plain_name, read_directory
 from llava_edge.errors import InputError
@@ -114,6 +116,23 @@ def test_a_checkpoint_in_two_files_reads_like_one(editable: Path) -> None:
     assert split.names("") == sorted(whole)
     for name, tensor in whole.items():
         np.testing.assert_array_equal(split.take(name), tensor)
+
+
+def test_a_projector_without_an_activation_is_the_one_matrix_that_it_is(tmp_path: Path) -> None:
+    directory = make(FAMILIES["HF llava"], tmp_path / "linear")
+    edit(directory / "config.json", lambda c: c.update(projector_hidden_act="linear"))
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.projector.depth == 1
+    ((weight, bias),) = projector_layers(checkpoint.projector, checkpoint.open_weights())
+    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    features = torch.randn(5, checkpoint.projector.features)
+    with torch.no_grad():
+        expected = model.model.multi_modal_projector(features).numpy()
+    np.testing.assert_allclose(features.numpy() @ weight.load().T + bias.load(), expected, rtol=1e-4, atol=1e-4)
+
+    change_tensors(directory, lambda t: [t.pop(name) for name in list(t) if "linear_2.weight" in name])
+    with pytest.raises(InputError, match=r"no tensor projector\.1\.weight"):
+        open_checkpoint(directory).open_weights()
 
 
 def change_tensors(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -27,6 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llava_edge.convert import convert_checkpoint
 from llava_edge.errors import InputError
 from llava_edge.train_gpu.config import Recipe
 from llava_edge.train_gpu.content_cache import ContentCache
@@ -148,7 +149,7 @@ def test_what_enters_the_trained_blocks_is_cached_and_changes_nothing(
     assert blocks == {"1"}
 
 
-def test_a_linear_projector_stays_one_matrix(make: Callable[..., Recipe], parts: Path) -> None:
+def test_a_linear_projector_stays_one_matrix_and_is_converted(make: Callable[..., Recipe], tmp_path: Path) -> None:
     output = train(make("linear", "align", "model.projector=linear", "optim.steps=3"))
     model = LlavaForConditionalGeneration.from_pretrained(output, dtype=torch.float32)
     projector = model.model.multi_modal_projector
@@ -157,6 +158,24 @@ def test_a_linear_projector_stays_one_matrix(make: Callable[..., Recipe], parts:
         torch.testing.assert_close(projector(features), torch.nn.functional.linear(
             features, projector.linear_1.weight, projector.linear_1.bias))  # fmt: skip
     assert (output / "preprocessor_config.json").is_file()
+    bundle = tmp_path / "bundle"
+    parity = convert_checkpoint(output, bundle, llm_type="F16", mmproj_type="F16", vision="none")["parity"]
+    assert parity["mmproj"]["F16"]["cosine_min"] >= 0.999
+
+
+def test_a_changed_model_is_put_together_again_until_a_state_is_saved(make: Callable[..., Recipe]) -> None:
+    def projector(*changes: str, resume: bool = False) -> torch.Tensor:
+        init = Run(make("changed", "align", "optim.steps=1", *changes), resume=resume).init
+        return weights(Path(init))["model.multi_modal_projector.linear_2.weight"]
+
+    first = projector()
+    assert torch.equal(projector(), first)
+    assert not torch.equal(projector("seed=1"), first)
+    assert torch.equal(projector("model.projector=linear"), torch.eye(48))
+    train(make("changed", "align", "optim.steps=1", "model.projector=linear"))
+    assert torch.equal(projector("model.projector=linear", resume=True), torch.eye(48))
+    with pytest.raises(InputError, match=r"began with other parts.*changed: projector, seed"):
+        projector("seed=1", resume=True)
 
 
 def test_the_result_answers_in_plain_transformers_as_in_training(make: Callable[..., Recipe]) -> None:

@@ -18,7 +18,7 @@ from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.train_gpu.config import SourceConfig
 from llava_edge.train_gpu.datagen.balance import PhraseTagger, balance
 from llava_edge.train_gpu.datagen.check import Rejected, accept
-from llava_edge.train_gpu.datagen.generate import Budget, generate
+from llava_edge.train_gpu.datagen.generate import Budget, Statistics, generate
 from llava_edge.train_gpu.datagen.llm import Endpoint, LocalLlm
 from llava_edge.train_gpu.datagen.scenes import Scene, read_scenes
 from llava_edge.train_gpu.datagen.tasks import TASKS, messages
@@ -189,6 +189,12 @@ def test_rejects_are_kept_with_the_reason_and_counted(server: Server, tmp_path: 
     (reject,) = [json.loads(line) for line in (tmp_path / "out.json.rejects.jsonl").read_text().splitlines()]
     assert (reject["image"], reject["text"]) == ("3.jpg", "I don't want to.")
     assert len(json.loads(output.read_text())) == 4
+
+
+def test_whoever_is_told_decides_whether_the_finished_pictures_are_counted(server: Server, tmp_path: Path) -> None:
+    heard: list[Callable[[], Statistics]] = []
+    generate("conversation", scenes(5), endpoint(server), tmp_path / "out.json", told=heard.append)
+    assert [progress().accepted for progress in heard] == [5] * 5  # counted now
 
 
 def test_a_budget_is_kept_and_the_rest_can_be_had_later(server: Server, tmp_path: Path) -> None:

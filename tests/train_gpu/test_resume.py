@@ -146,6 +146,39 @@ def test_only_the_last_states_are_kept(make: Callable[..., Recipe]) -> None:
     assert (run / "last").read_text() == "step-00000014\n"
 
 
+def test_a_step_is_saved_once(make: Callable[..., Recipe]) -> None:
+    run = Run(make("once", "optim.steps=3"))
+    run.loop()
+    state = checkpoint.last_state(run.directory)
+    saved = state.stat().st_ino
+    run.finish()
+    assert state.stat().st_ino == saved
+    again = Run(make("once", "optim.steps=3"), resume=True)
+    again.loop()
+    again.finish()
+    assert state.stat().st_ino == saved
+
+
+def test_a_state_takes_the_place_of_an_earlier_one_of_its_step(tmp_path: Path) -> None:
+    for text in ("old", "new"):
+        checkpoint.begin_state(tmp_path, 7)
+        (checkpoint.partial_state(tmp_path, 7) / "run.pt").write_text(text)
+        checkpoint.commit_state(tmp_path, 7, keep=2)
+    assert (checkpoint.last_state(tmp_path) / "run.pt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-00000007"]
+
+
+def test_what_the_recipe_says_of_the_optimiser_holds_after_a_resume(make: Callable[..., Recipe]) -> None:
+    train(make("rate", "optim.steps=3"))
+    changes = ("optim.lr=1e-4", "optim.projector_lr=2e-4", "optim.weight_decay=0.1", "optim.betas=[0.8, 0.9]")
+    run = Run(make("rate", "optim.steps=4", *changes), resume=True)
+    assert run.step == 3
+    groups = run.engine.optimizer.param_groups
+    assert sorted(group["base_lr"] for group in groups) == [1e-4, 2e-4]
+    assert {(group["weight_decay"], tuple(group["betas"])) for group in groups} == {(0.1, (0.8, 0.9))}
+    assert all(float(state["step"]) == 3 for state in run.engine.optimizer.state.values())
+
+
 def test_a_resume_that_has_nothing_to_go_on_from_says_so(make: Callable[..., Recipe]) -> None:
     recipe = make("never")
     with pytest.raises(InputError, match="nothing to resume"):

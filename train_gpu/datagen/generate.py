@@ -126,12 +126,13 @@ def generate(
     max_tokens_total: int | None = None,
     resume: bool = False,
     settings: dict[str, Any] | None = None,
-    told: Callable[[Statistics], None] = lambda statistics: None,
+    told: Callable[[Callable[[], Statistics]], None] = lambda statistics: None,
 ) -> Statistics:
     """Ask for every scene and write ``output`` (LLaVA JSON) and ``output.rejects.jsonl``.
 
     ``settings`` is what a resumed run must have in common with the stopped one. ``told`` hears of every finished
-    picture. Pictures whose request failed for good are counted and left for a later ``resume``.
+    picture; what it is given tells how far the run is, and reads all that is finished to do so. Pictures whose request
+    failed for good are counted and left for a later ``resume``.
     """
     names = [scene.image for scene in scenes]
     twice = [name for name, count in Counter(names).items() if count > 1]
@@ -145,7 +146,7 @@ def generate(
         if scene.image not in progress.done:
             waiting.put(scene)
     try:
-        _run(work, waiting, concurrency, lambda: told(work.statistics(scenes)))
+        _run(work, waiting, concurrency, lambda: told(lambda: work.statistics(scenes)))
     finally:
         statistics = work.statistics(scenes)
         _write(output, [progress.done[name] for name in names if name in progress.done])

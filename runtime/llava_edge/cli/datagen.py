@@ -16,6 +16,8 @@ from llava_edge.cli import debug_option, terminal
 from llava_edge.errors import InputError, LlavaEdgeError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llava_edge.train_gpu.datagen.generate import Statistics
     from llava_edge.train_gpu.datagen.tasks import Kind
 
@@ -133,11 +135,12 @@ class _Teller:
         self.quiet = quiet
         self.began = self.last = time.monotonic()
 
-    def __call__(self, statistics: Statistics) -> None:
+    def __call__(self, progress: Callable[[], Statistics]) -> None:
         now = time.monotonic()
         if self.quiet or now - self.last < 2:
             return
         self.last = now
+        statistics = progress()
         done = statistics.accepted + statistics.rejected
         left = (now - self.began) / max(done, 1) * statistics.left
         terminal.note(
