@@ -427,6 +427,7 @@ class Model:
         return self._encoder
 
     def _load_encoder(self, bundle: Bundle) -> VisionEncoder:
+        _ = self.engine.model_pointer  # a closed model says so, whatever of the tower was loaded
         if self._encoder is None:
             from llava_edge.vision.backends import open_encoder
 
