@@ -8,6 +8,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -306,6 +307,27 @@ def tiny_model(tiny_bundle: Path) -> Iterator[llava_edge.Model]:
     """A tiny LLaVA with a context of 512 tokens."""
     with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512) as model:
         yield model
+
+
+@pytest.fixture(scope="session")
+def not_root() -> Callable[[], AbstractContextManager[None]]:
+    """Takes root's right to open and delete everything away for a while; others do not have it."""
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        root = os.geteuid() == 0
+        if root:
+            try:
+                os.seteuid(65534)
+            except OSError as error:
+                pytest.skip(f"no other user to be: {error}")
+        try:
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+
+    return without
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,37 @@ def test_a_place_that_can_not_be_written_costs_the_cache_only(tmp_path: Path, ca
     assert disk.get("prefixes", KEY) is None
     assert disk.clear().entries == 0
     assert "can't be written" in caplog.text
+
+
+@pytest.mark.usefixtures("not_warned")
+def test_a_place_that_can_not_be_looked_into_costs_the_cache_only(
+    tmp_path: Path, not_root: Callable[[], AbstractContextManager[None]]
+) -> None:
+    tmp_path.chmod(0)
+    disk = DiskCache(tmp_path / "computed", limit=100_000)
+    with not_root():
+        disk.put("prefixes", KEY, [PAYLOAD])
+        assert disk.get("prefixes", KEY) is None
+        assert not disk.has("prefixes", KEY)
+    tmp_path.chmod(0o700)
+
+
+def test_clear_counts_what_is_gone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    not_root: Callable[[], AbstractContextManager[None]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    disk = DiskCache(Path("computed"), limit=100_000)
+    disk.put("prefixes", KEY, [PAYLOAD])
+    for path in (Path(), Path("computed"), Path("computed/prefixes")):
+        path.chmod(0o555)
+    with not_root():
+        assert disk.clear() == cache.Usage(0, 0)
+    assert "1 entries in computed can't be deleted" in caplog.text
+    Path("computed/prefixes").chmod(0o700)
+    assert disk.clear().entries == 1
 
 
 def test_several_processes_use_it_at_a_time(tmp_path: Path) -> None:
