@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 
@@ -196,6 +197,21 @@ def test_a_piped_conversation_writes_answers_to_stdout_and_the_rest_to_stderr(ru
     assert "added cat.jpg" in result.err
     assert "no such command: /nonsense" in result.err
     assert "> " not in result.out
+
+
+def test_odd_names_cost_their_line_only(run, cat, tmp_path):
+    long = "x" * 300
+    lines = ["~30 people?", "/image ~nobody-of-this-name/x.jpg", f"/image {long}.jpg", f"/save {long}.md",
+             "file://[x", f"/image {cat}", ANIMAL, "/save 'my talk.md'"]  # fmt: skip
+    name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    with open(name, "wb") as file:  # noqa: PTH123
+        file.write(cat.read_bytes())
+    result = run("chat", "--image", name, "--max-tokens", "2", stdin="\n".join(lines) + "\n")
+    assert result.code == 0
+    assert "no such picture: ~nobody-of-this-name/x.jpg" in result.err
+    assert result.err.count("File name too long") == 2
+    assert "- picture: cat.jpg" in (tmp_path / "my talk.md").read_text(encoding="utf-8")
+    assert "- picture: caf\\udce9.jpg" in (tmp_path / "my talk.md").read_text(encoding="utf-8")
 
 
 def test_a_second_turn_costs_its_own_tokens_only(run, cat):

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from llava_edge.cli import did_you_mean, line_input, terminal, transcript
 from llava_edge.cli.chat import checked_text
-from llava_edge.cli.dropped import picture_path, split_pictures
+from llava_edge.cli.dropped import picture_path, split_pictures, unquoted
 from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.paths import exists
 from llava_edge.types import Reply, SamplingParams
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ class Repl:
         """``/image FILE...``; a name with spaces needs no quotes if it is the only one."""
         if not rest:
             raise InputError("/image needs a file", hint="For example: /image cat.jpg")
-        if Path(rest).expanduser().exists():
+        if exists(picture_path(rest)):
             words = [rest]
         else:
             try:
@@ -195,8 +196,8 @@ class Repl:
         """``/save FILE``; only a file of this conversation is replaced."""
         if not rest:
             raise InputError("/save needs a file", hint="For example: /save talk.md")
-        path = picture_path(rest).absolute()
-        if path.exists() and path not in self.saved:
+        path = picture_path(unquoted(rest)).absolute()
+        if exists(path) and path not in self.saved:
             raise InputError(f"{path} exists", hint="Choose another name.")
         record = {"model": self.model.name, "system": self.system, "settings": self.settings.values()}
         transcript.save(path, record, self.session.turns)
