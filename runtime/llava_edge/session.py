@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -60,7 +61,8 @@ class ChatSession:
         self._system = system
         self._turns: tuple[_Turn, ...] = ()
         self._pending: tuple[Picture, ...] = ()
-        self._stream: Generator[Chunk, None, None] | None = None
+        # Weak, so that a stream that is left in its middle closes at once.
+        self._stream: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._ahead: Ahead | None = None
         self._closed = False
         model.format.turn(0, [], "?", system)  # a system message that the format can't hold is refused here
@@ -180,7 +182,8 @@ class ChatSession:
     ) -> Generator[Chunk, None, None]:
         """The same as :meth:`ask`, piece by piece; the last chunk has the reply and no text.
 
-        Closing the generator stops the answer, which stays in the conversation as far as it came.
+        Closing the generator, or leaving a loop over it, stops the answer, which stays in the conversation as far as it
+        came.
         """
         started = time.perf_counter()
         if self._closed:
@@ -200,8 +203,9 @@ class ChatSession:
             unknown = ", ".join(sorted(set(sampling) - set(SamplingParams.__dataclass_fields__)))
             raise InputError(f"unknown option {unknown}", hint=f"Sampling has {known}.") from None
         self._stop_stream()
-        self._stream = self._answer(text, sources, max_tokens, stops, params, started)
-        return self._stream
+        stream = self._answer(text, sources, max_tokens, stops, params, started)
+        self._stream = weakref.ref(stream)
+        return stream
 
     def _answer(
         self,
@@ -214,7 +218,7 @@ class ChatSession:
     ) -> Generator[Chunk, None, None]:
         model = self._model
         generation = Generation()
-        turn = None
+        turn, past = None, self._turns
         if model.answering is not None:
             raise InputError("the model is answering in another chat", hint="Finish or close that stream first.")
         try:
@@ -233,7 +237,7 @@ class ChatSession:
             self._commit(turn, generation)
             yield Chunk("", self._reply(generation, prefill, clock))
         except (GeneratorExit, KeyboardInterrupt):
-            if turn is not None and generation.finish_reason == "cancelled" and generation.ids:
+            if turn is not None and generation.first_token_at is not None and self._turns is past:
                 self._commit(turn, generation)
             raise
         finally:
@@ -310,7 +314,7 @@ class ChatSession:
         return sum(len(turn.pictures) for turn in self._turns) + len(self._pending)
 
     def _stop_stream(self) -> None:
-        stream = self._stream
+        stream = None if self._stream is None else self._stream()
         if stream is not None:
             try:
                 stream.close()

@@ -188,6 +188,27 @@ def test_closing_a_stream_keeps_what_came(chat: ChatSession, pictures: list[Path
     assert len(chat.turns) == 4
 
 
+def test_closing_a_stream_at_its_last_piece_keeps_the_turn(chat: ChatSession) -> None:
+    stream = chat.stream("What is it?", max_tokens=1)
+    text = next(stream).text
+    stream.close()
+    assert [said for _, said, _ in chat.turns] == ["What is it?", text]
+    for chunk in chat.stream("Why?", max_tokens=2):
+        if chunk.reply is not None:
+            break
+    assert len(chat.turns) == 4
+
+
+def test_a_stream_that_is_left_is_closed(tiny_model: llava_edge.Model, chat: ChatSession) -> None:
+    text = ""
+    for chunk in chat.stream("What is it?", max_tokens=50):
+        text += chunk.text
+        if len(text) > 2:
+            break
+    assert chat.turns[1][1] == text
+    tiny_model.chat().ask("Why?", max_tokens=2)
+
+
 def test_a_new_question_ends_the_stream_before(chat: ChatSession) -> None:
     stream = chat.stream("What is it?", max_tokens=50)
     next(stream)
