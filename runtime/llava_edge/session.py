@@ -17,7 +17,7 @@ from llava_edge.ahead import Ahead
 from llava_edge.errors import InputError
 from llava_edge.generate import Generation, generate
 from llava_edge.kv_cache import finish
-from llava_edge.prompt import Answer, ImageRef, Segment, up_to_pictures
+from llava_edge.prompt import Answer, ImageRef, Segment, Unit, up_to_pictures
 from llava_edge.sampling import Sampler
 from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage
 
@@ -121,7 +121,8 @@ class ChatSession:
         known = self._known(turn)
         if model.remembered is not None:
             model.remembered.restore(model.cache, units, known)
-        model.cache.read_ahead(up_to_pictures(units), known)
+        steps = model.cache.prefill_steps(up_to_pictures(units), known, ahead=True)
+        finish(self._keeping(units, known, steps))
 
     @property
     def turns(self) -> list[tuple[str, str, list[str]]]:
@@ -257,10 +258,7 @@ class ChatSession:
         known = self._known(turn)
         if model.remembered is not None:
             model.remembered.restore(model.cache, units, known)
-        steps = model.cache.prefill_steps(units, known)
-        if model.remembered is not None and not self._turns:  # nobody else begins with a later turn
-            steps = model.remembered.keeping(model.cache, units, known, steps)
-        prefill = finish(steps)
+        prefill = finish(self._keeping(units, known, model.cache.prefill_steps(units, known)))
         clock.encode_seconds = encoded_at - began
         clock.prefill_seconds = time.perf_counter() - encoded_at
         return turn, prefill
@@ -278,6 +276,14 @@ class ChatSession:
 
     def _known(self, turn: _Turn) -> dict[str, EncodedImage]:
         return {image.key: image for past in (*self._turns, turn) for image in past.encoded}
+
+    def _keeping(
+        self, units: Sequence[Unit], known: dict[str, EncodedImage], steps: Generator[None, None, Prefill]
+    ) -> Generator[None, None, Prefill]:
+        """The steps, with a copy for the disk of what ends with a picture; nobody else begins with a later turn."""
+        if self._model.remembered is None or self._turns:
+            return steps
+        return self._model.remembered.keeping(self._model.cache, units, known, steps)
 
     def _write_prefix(self) -> None:
         if self._model.remembered is not None:

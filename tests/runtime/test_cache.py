@@ -370,6 +370,19 @@ def test_what_was_asked_is_no_part_of_what_is_kept(tiny_bundle: Path, pictures: 
 
 
 @pytest.mark.usefixtures("home")
+def test_what_was_read_ahead_is_kept(tiny_bundle: Path, pictures: list[Path]) -> None:
+    with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512) as model, model.chat() as chat:
+        chat.add_image(pictures[0])
+        chat.read_ahead()
+        first = chat.ask("What is it?", max_tokens=8)
+    assert DiskCache().usage()["prefixes"].entries == 1
+    with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512) as model, model.chat() as chat:
+        second = chat.ask("What is it?", pictures[:1], max_tokens=8)
+    assert second.token_ids == first.token_ids
+    assert second.usage.cached_tokens > second.usage.image_tokens
+
+
+@pytest.mark.usefixtures("home")
 def test_a_raw_pair_is_known_by_its_content_from_the_second_time_on(
     tiny_llm: Path, tiny_mmproj: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
