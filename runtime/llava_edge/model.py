@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -199,6 +200,7 @@ class Model:
         self.engine = engine
         self.cache = KvCache(engine)
         self.answering: Generation | None = None
+        self.turnstile = threading.Lock()  # held by who looks whether the model answers, and then makes it work
         self.ahead: Ahead | None = None
         self._parts = parts
         self.vision_backend: str | None = None

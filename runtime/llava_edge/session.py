@@ -108,10 +108,13 @@ class ChatSession:
         picture more, :meth:`reset` and Ctrl-C stop it. While the model answers, nothing happens.
         """
         model = self._model
-        model.stop_ahead()
-        if self._pending and model.answering is None:
-            self._ahead = model.ahead = Ahead(model.engine, self._read_pictures)
-            model.ahead.start()
+        with model.turnstile:
+            if model.answering is not None:
+                return
+            model.stop_ahead()
+            if self._pending:
+                self._ahead = model.ahead = Ahead(model.engine, self._read_pictures)
+                model.ahead.start()
 
     def _read_pictures(self) -> None:
         model = self._model
@@ -220,15 +223,18 @@ class ChatSession:
         model = self._model
         generation = Generation()
         turn, past = None, self._turns
-        if model.answering is not None:
-            raise InputError("the model is answering in another chat", hint="Finish or close that stream first.")
         try:
-            if model.ahead is not None and model.ahead is self._ahead:
-                self._ahead.wait()
-        finally:
-            model.stop_ahead()
-        try:
-            model.answering = generation
+            with model.turnstile:
+                if model.answering is not None:
+                    raise InputError(
+                        "the model is answering in another chat", hint="Finish or close that stream first."
+                    )
+                model.answering = generation
+            try:
+                if model.ahead is not None and model.ahead is self._ahead:
+                    self._ahead.wait()
+            finally:
+                model.stop_ahead()
             clock = _Clock(started)
             turn, prefill = self._prepare(text, sources, clock)
             for piece in generate(model.token_loop(generation, Sampler(params), max_tokens, stop), model.cache):
@@ -242,7 +248,8 @@ class ChatSession:
                 self._commit(turn, generation)
             raise
         finally:
-            model.answering = None
+            if model.answering is generation:
+                model.answering = None
 
     def _prepare(self, text: str, sources: Sequence[ImageSource], clock: _Clock) -> tuple[_Turn, Prefill]:
         """Everything up to the logits of the first token. Nothing of the conversation changes."""

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import llava_edge
+from llava_edge.ahead import Ahead
 from llava_edge.engine import Engine
 from llava_edge.errors import ContextFullError, ImageError, InputError
 from llava_edge.kv_cache import KvCache
@@ -225,6 +226,30 @@ def test_one_model_answers_one_chat_at_a_time(tiny_model: llava_edge.Model) -> N
     with pytest.raises(InputError, match="answering in another chat"):
         second.ask("Why?")
     stream.close()
+    assert second.ask("Why?", max_tokens=2).usage.completion_tokens <= 2
+
+
+def test_a_chat_that_waits_for_its_picture_has_the_model_already(tiny_model: llava_edge.Model) -> None:
+    first, second = tiny_model.chat(), tiny_model.chat()
+    read, replies = threading.Event(), []
+
+    def work() -> None:
+        read.wait(10)
+
+    first._ahead = tiny_model.ahead = Ahead(tiny_model.engine, work)
+    tiny_model.ahead.start()
+    asker = threading.Thread(target=lambda: replies.append(first.ask("What is it?", max_tokens=2)))
+    asker.start()
+    for _ in range(100):
+        if tiny_model.answering is None:
+            time.sleep(0.01)
+    try:
+        with pytest.raises(InputError, match="answering in another chat"):
+            second.ask("Why?")
+    finally:
+        read.set()
+        asker.join()
+    assert len(replies) == 1
     assert second.ask("Why?", max_tokens=2).usage.completion_tokens <= 2
 
 
