@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llava_edge.model import Model
     from llava_edge.remote import RemoteChat, RemoteModel
     from llava_edge.session import ChatSession
+    from llava_edge.types import Reply
 
 MAX_STDIN_BYTES = 16 * 1024 * 1024
 
@@ -116,7 +117,8 @@ def chat(
         model.chat(system=system) as session,
     ):
         if question is not None:
-            ask_once(session, question, images, max_tokens, sampling, as_json=as_json, stats=stats, quiet=quiet)
+            n_ctx, shown = model.describe()["n_ctx"], {"as_json": as_json, "stats": stats, "quiet": quiet}
+            ask_once(session, question, images, max_tokens, sampling, n_ctx=n_ctx, **shown)
             return
         from llava_edge.cli.repl import Repl, Settings
 
@@ -228,6 +230,7 @@ def ask_once(
     max_tokens: int,
     sampling: dict[str, Any],
     *,
+    n_ctx: int | None,
     as_json: bool,
     stats: bool,
     quiet: bool,
@@ -243,4 +246,12 @@ def ask_once(
     if stats:
         terminal.note(terminal.stats(reply))
     elif reply.finish_reason == "length" and not as_json and not quiet:
-        terminal.note(f"note: the answer was cut after {max_tokens} tokens; --max-tokens allows more")
+        if context_is_full(reply, max_tokens):
+            terminal.note(f"note: the answer was cut: the context of {n_ctx} tokens is full; --n-ctx makes it larger")
+        else:
+            terminal.note(f"note: the answer was cut after {max_tokens} tokens; --max-tokens allows more")
+
+
+def context_is_full(reply: Reply, max_tokens: int) -> bool:
+    """Whether an answer that was cut ended before its own limit; a server that counts nothing tells of 0 tokens."""
+    return 0 < reply.usage.completion_tokens < max_tokens

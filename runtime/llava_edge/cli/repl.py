@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_edge.cli import did_you_mean, line_input, terminal, transcript
-from llava_edge.cli.chat import checked_text
+from llava_edge.cli.chat import checked_text, context_is_full
 from llava_edge.cli.dropped import picture_path, split_pictures, unquoted
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.paths import exists
@@ -163,7 +163,13 @@ class Repl:
     def after(self, reply: Reply) -> None:
         """What is worth saying about a finished answer."""
         if reply.finish_reason == "length" and not self.quiet:
-            terminal.note(f"(cut after {self.settings.max_tokens} tokens; /settings max_tokens allows more)")
+            if context_is_full(reply, self.settings.max_tokens):
+                n_ctx = self.model.describe()["n_ctx"]
+                terminal.note(
+                    f"(cut: the context of {n_ctx} tokens is full; /reset empties it, --n-ctx makes it larger)"
+                )
+            else:
+                terminal.note(f"(cut after {self.settings.max_tokens} tokens; /settings max_tokens allows more)")
         if self.settings.stats:
             terminal.note(terminal.stats(reply))
 
