@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A question and its answer. It holds its pictures' embeddings, so that they are never made twice."""
+    """A question and its answer. Of its pictures it holds names, and embeddings, so that they are never made twice."""
 
     question: str
     segments: tuple[Segment, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[str, ...]
     encoded: tuple[EncodedImage, ...]
     answer: str = ""
     ids: tuple[int, ...] = ()
@@ -132,7 +132,7 @@ class ChatSession:
         """Questions and answers so far: (role, text, names of pictures)."""
         listed: list[tuple[str, str, list[str]]] = []
         for turn in self._turns:
-            listed.append(("user", turn.question, [picture.name for picture in turn.pictures]))
+            listed.append(("user", turn.question, list(turn.pictures)))
             listed.append(("assistant", turn.answer, []))
         return listed
 
@@ -273,7 +273,7 @@ class ChatSession:
     def _turn(self, text: str, pictures: tuple[Picture, ...], encoded: tuple[EncodedImage, ...]) -> _Turn:
         refs = [ImageRef(image.key) for image in encoded]
         segments = self._model.format.turn(len(self._turns), refs, text, self._system)
-        return _Turn(text, tuple(segments), pictures, encoded)
+        return _Turn(text, tuple(segments), tuple(picture.name for picture in pictures), encoded)
 
     def _drop_ahead(self) -> None:
         """Stop reading ahead, if it is this chat that does."""

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -289,6 +291,15 @@ def test_turns_tell_the_conversation(chat: ChatSession, pictures: list[Path]) ->
     ]
     chat.reset()
     assert chat.turns == []
+
+
+def test_a_picture_that_was_asked_about_is_held_no_longer(chat: ChatSession, pictures: list[Path]) -> None:
+    chat.add_image(pictures[0])
+    pixels = weakref.ref(chat._pending[0].image)
+    chat.ask("What is it?", max_tokens=2)
+    gc.collect()
+    assert pixels() is None
+    assert chat.turns[0][2] == ["picture0.png"]
 
 
 def test_an_added_picture_goes_with_the_next_question(chat: ChatSession, pictures: list[Path]) -> None:
