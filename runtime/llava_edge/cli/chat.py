@@ -95,7 +95,7 @@ def chat(
     server: str | None,
     api_key_file: Path | None,
     **options: Any,
-) -> None:
+) -> int:
     """Ask a vision-language model about pictures.
 
     With -p the answer goes to stdout and the command ends. Without it a conversation starts; /help tells more.
@@ -119,11 +119,11 @@ def chat(
         if question is not None:
             n_ctx, shown = model.describe()["n_ctx"], {"as_json": as_json, "stats": stats, "quiet": quiet}
             ask_once(session, question, images, max_tokens, sampling, n_ctx=n_ctx, **shown)
-            return
+            return 0
         from llava_edge.cli.repl import Repl, Settings
 
         settings = Settings(SamplingParams(**sampling), max_tokens, stats)
-        Repl(model, session, settings, system=system, quiet=quiet).run(images)
+        return Repl(model, session, settings, system=system, quiet=quiet).run(images)
 
 
 def check_model_choice(options: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -96,8 +97,12 @@ class Repl:
             "/settings": self.show_or_set,
         }
 
-    def run(self, images: Sequence[Path] = ()) -> None:
-        """Add the pictures of the command line, then answer line by line."""
+    def run(self, images: Sequence[Path] = ()) -> int:
+        """Add the pictures of the command line, then answer line by line.
+
+        Returns the exit code: 1 if a line failed that nobody has typed, and so perhaps nobody has seen fail.
+        """
+        failed = False
         for path in images:
             self.session.add_image(path)
         self.session.read_ahead()
@@ -109,10 +114,11 @@ class Repl:
                 try:
                     self.line(read_line())
                 except EOFError:
-                    return
+                    return int(failed and not sys.stdin.isatty())
                 except KeyboardInterrupt:
                     terminal.note("")
                 except LlavaEdgeError as error:
+                    failed = True
                     terminal.error(str(error), error.hint)
 
     def line(self, line: str) -> None:
