@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -192,20 +193,23 @@ class ChatSession:
         started = time.perf_counter()
         if self._closed:
             raise InputError("this chat is closed", hint="Begin another one with model.chat().")
-        sources = [images] if isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)) else list(images)
+        if isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)):
+            images = [images]
+        for name, value in (("images", images), ("stop", stop)):
+            if not isinstance(value, Iterable):
+                raise InputError(f"{name} is {value!r}; expected a list")
+        sources = list(images)
         if not isinstance(text, str) or not (text.strip() or sources or self._pending):
             raise InputError("the question is empty")
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}; expected 1 or more")
+        if not isinstance(max_tokens, Integral) or max_tokens < 1:
+            raise InputError(f"max_tokens is {max_tokens!r}; expected a whole number from 1 on")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise InputError(f"stop is {list(stops)}; expected texts that are not empty")
-        try:
-            params = SamplingParams(**sampling)
-        except TypeError:
-            known = ", ".join(SamplingParams.__dataclass_fields__)
-            unknown = ", ".join(sorted(set(sampling) - set(SamplingParams.__dataclass_fields__)))
-            raise InputError(f"unknown option {unknown}", hint=f"Sampling has {known}.") from None
+        known = SamplingParams.__dataclass_fields__
+        if unknown := sorted(set(sampling) - set(known)):
+            raise InputError(f"unknown option {', '.join(unknown)}", hint=f"Sampling has {', '.join(known)}.")
+        params = SamplingParams(**sampling)
         self._stop_stream()
         stream = self._answer(text, sources, max_tokens, stops, params, started)
         self._stream = weakref.ref(stream)

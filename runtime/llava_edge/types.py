@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from llava_edge.errors import InputError
@@ -68,12 +69,14 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 1 << 31)):
+        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1)):
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise InputError(f"{name} is {value}; expected a number from {low} to {high}")
-        if self.seed is not None and not 0 <= self.seed < 1 << 32:
-            raise InputError(f"seed is {self.seed}; expected a whole number from 0 to 2^32 - 1")
+            if not isinstance(value, Real) or not low <= value <= high:
+                raise InputError(f"{name} is {value!r}; expected a number from {low} to {high}")
+        if not isinstance(self.top_k, Integral) or not 0 <= self.top_k <= 1 << 31:
+            raise InputError(f"top_k is {self.top_k!r}; expected a whole number from 0 to 2^31")
+        if self.seed is not None and (not isinstance(self.seed, Integral) or not 0 <= self.seed < 1 << 32):
+            raise InputError(f"seed is {self.seed!r}; expected a whole number from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import click
 from llava_edge.cli import debug_option, log, terminal
 from llava_edge.cli.model_options import cache_options, how_it_runs, image_token_choice, which_model
 from llava_edge.errors import InputError, ModelError
+from llava_edge.paths import is_file
 from llava_edge.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def check_model_choice(options: dict[str, Any]) -> None:
         raise click.UsageError("--llm needs --mmproj: a language model alone sees no pictures")
     if mmproj and not llm:
         raise click.UsageError("--mmproj needs --llm")
-    if options["model"] and Path(options["model"]).is_file():
+    if options["model"] and is_file(options["model"]):
         raise ModelError(
             f"{options['model']} is a file; a model is a directory with a manifest",
             hint="A GGUF file needs the one of its vision tower: --llm FILE --mmproj FILE.",
