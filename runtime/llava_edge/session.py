@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import weakref
@@ -20,7 +21,7 @@ from llava_edge.generate import Generation, generate
 from llava_edge.kv_cache import finish
 from llava_edge.prompt import Answer, ImageRef, Segment, Unit, up_to_pictures
 from llava_edge.sampling import Sampler
-from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage
+from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage, within
 
 if TYPE_CHECKING:
     from llava_edge.images import ImageSource
@@ -201,7 +202,7 @@ class ChatSession:
         sources = list(images)
         if not isinstance(text, str) or not (text.strip() or sources or self._pending):
             raise InputError("the question is empty")
-        if not isinstance(max_tokens, Integral) or max_tokens < 1:
+        if not within(max_tokens, Integral, 1, math.inf):
             raise InputError(f"max_tokens is {max_tokens!r}; expected a whole number from 1 on")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):

@@ -15,6 +15,11 @@ MAX_GRID_PIXELS = 1 << 24  # of all tiles together
 MAX_GRIDS = 128
 
 
+def within(value: Any, kind: type[Any], low: float, high: float) -> bool:
+    """Whether it is a number of this kind and between the limits."""
+    return isinstance(value, kind) and bool(low <= value <= high)
+
+
 @dataclass(frozen=True)
 class ImageSpec:
     """How a vision tower wants its pictures.
@@ -71,11 +76,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1)):
             value = getattr(self, name)
-            if not isinstance(value, Real) or not low <= value <= high:
+            if not within(value, Real, low, high):
                 raise InputError(f"{name} is {value!r}; expected a number from {low} to {high}")
-        if not isinstance(self.top_k, Integral) or not 0 <= self.top_k <= 1 << 31:
+        if not within(self.top_k, Integral, 0, 1 << 31):
             raise InputError(f"top_k is {self.top_k!r}; expected a whole number from 0 to 2^31")
-        if self.seed is not None and (not isinstance(self.seed, Integral) or not 0 <= self.seed < 1 << 32):
+        if self.seed is not None and not within(self.seed, Integral, 0, (1 << 32) - 1):
             raise InputError(f"seed is {self.seed!r}; expected a whole number from 0 to 2^32 - 1")
 
 
