@@ -142,7 +142,9 @@ def write_llm(
     return _finish(writer, path)
 
 
-def write_mmproj(path: Path, *, width: int = 64, kind: str = "mlp", image_size: int = 32) -> Path:
+def write_mmproj(
+    path: Path, *, width: int = 64, kind: str = "mlp", image_size: int = 32, newline: bool = False
+) -> Path:
     """A vision tower without class token, 4 x 4 patches, and its projector; ``kind`` mlp or qwen2vl_merger."""
     random = np.random.default_rng(11)
     tower, hidden, blocks, patch = 32, 64, 2, 8
@@ -180,6 +182,8 @@ def write_mmproj(path: Path, *, width: int = 64, kind: str = "mlp", image_size: 
         add("v.position_embd.weight", (image_size // patch) ** 2, tower)
         linear("mm.0", 48, 2 * tower)
         linear("mm.2", width, 48)
+        if newline:
+            add("v.image_newline", width)
     else:
         add("v.patch_embd.weight.1", tower, 3, patch, patch)
         norm("v.post_ln")

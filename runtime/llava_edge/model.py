@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_edge import images
-from llava_edge.budget import DEFAULT_SECONDS, choose, pace_of
+from llava_edge.budget import DEFAULT_SECONDS, choose, largest_pictures, pace_of
 from llava_edge.bundle import Bundle
 from llava_edge.cache import DiskCache
 from llava_edge.engine import Engine
@@ -337,7 +337,7 @@ class Model:
         tokens = self.visual_tokens
         if tokens is None:
             raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
-        self.image_tokens = choose(pace_of(self), tokens.trained, seconds)
+        self.image_tokens = choose(pace_of(self), largest_pictures(self, tokens), seconds)
         self.pages_whole = True
         self.forget()
 
