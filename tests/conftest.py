@@ -8,6 +8,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,9 @@ def write_llm(
     return _finish(writer, path)
 
 
-def write_mmproj(path: Path, *, width: int = 64, kind: str = "mlp", image_size: int = 32) -> Path:
+def write_mmproj(
+    path: Path, *, width: int = 64, kind: str = "mlp", image_size: int = 32, newline: bool = False
+) -> Path:
     """A vision tower without class token, 4 x 4 patches, and its projector; ``kind`` mlp or qwen2vl_merger."""
     random = np.random.default_rng(11)
     tower, hidden, blocks, patch = 32, 64, 2, 8
@@ -180,6 +183,8 @@ def write_mmproj(path: Path, *, width: int = 64, kind: str = "mlp", image_size: 
         add("v.position_embd.weight", (image_size // patch) ** 2, tower)
         linear("mm.0", 48, 2 * tower)
         linear("mm.2", width, 48)
+        if newline:
+            add("v.image_newline", width)
     else:
         add("v.patch_embd.weight.1", tower, 3, patch, patch)
         norm("v.post_ln")
@@ -307,6 +312,27 @@ def tiny_model(tiny_bundle: Path) -> Iterator[llava_edge.Model]:
     """A tiny LLaVA with a context of 512 tokens."""
     with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512) as model:
         yield model
+
+
+@pytest.fixture(scope="session")
+def not_root() -> Callable[[], AbstractContextManager[None]]:
+    """Takes root's right to open and delete everything away for a while; others do not have it."""
+
+    @contextmanager
+    def without() -> Iterator[None]:
+        root = os.geteuid() == 0
+        if root:
+            try:
+                os.seteuid(65534)
+            except OSError as error:
+                pytest.skip(f"no other user to be: {error}")
+        try:
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+
+    return without
 
 
 @pytest.fixture(scope="session")

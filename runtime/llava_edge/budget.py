@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 from llava_edge.bundle import probe_picture
 from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.vision.anyres import most_parts, most_tokens
+from llava_edge.vision.tokens import pooled_grid
 
 if TYPE_CHECKING:
+    from llava_edge.bundle import VisualTokens
     from llava_edge.model import Model
 
 log = logging.getLogger(__name__)
@@ -34,26 +37,48 @@ class Pace:
         return self.encode_seconds + (image_tokens + _TEXT_TOKENS) * self.token_seconds
 
 
-def choose(pace: Pace, counts: Sequence[int], seconds: float) -> int:
-    """The most tokens that are read in time.
+def largest_pictures(model: Model, tokens: VisualTokens) -> dict[int, int]:
+    """The tokens of the largest picture, in tiles where the model looks at tiles, for each count that it has learnt.
+
+    Counts with which that picture and a question don't fit the context are left out, but for the smallest.
+    """
+    spec, _ = model.picture_settings
+    sizes = {count: count for count in sorted(tokens.trained)}
+    if spec is not None and spec.mode == "anyres":
+        sizes = {count: most_tokens(spec, pooled_grid(tokens.grid, count)) for count in sizes}
+    room = model.engine.n_ctx - _TEXT_TOKENS
+    return {count: size for count, size in sizes.items() if size < room or count == min(sizes)}
+
+
+def choose(pace: Pace, sizes: Mapping[int, int], seconds: float) -> int:
+    """The most tokens that are read in time; ``sizes`` tells what a picture then takes in all, see
+    :func:`largest_pictures`.
 
     Raises
     ------
     InputError
         Even the fewest are too many; it says what can be had.
     """
-    for count in sorted(counts, reverse=True):
-        if pace.first_token(count) <= seconds:
+    times = {count: pace.first_token(sizes[count]) for count in sorted(sizes)}
+    for count in reversed(times):
+        if times[count] <= seconds:
             return count
-    times = ", ".join(f"{count} tokens {pace.first_token(count):.2g} s" for count in sorted(counts))
+    listed = ", ".join(f"{count} tokens {time:.2g} s" for count, time in times.items())
     raise InputError(
-        f"no first token within {seconds:g} s on this machine; a picture of {times}",
-        hint=f"Give a budget from {pace.first_token(min(counts)) * 1.05:.2g} s on, or a smaller model.",
+        f"no first token within {seconds:g} s on this machine; a picture of {listed}",
+        hint=f"Give a budget from {min(times.values()) * 1.05:.2g} s on, or a smaller model.",
     )
 
 
 def pace_of(model: Model) -> Pace:
-    """How fast a model is here: measured once, and remembered with everything else on disk."""
+    """How fast a model is here, with the largest of pictures: measured once, and remembered with everything else."""
+    pace, (spec, _) = _pace_of_probe(model), model.picture_settings
+    if spec is None or spec.mode != "anyres":
+        return pace
+    return replace(pace, encode_seconds=pace.encode_seconds * most_parts(spec))
+
+
+def _pace_of_probe(model: Model) -> Pace:
     name = f"pace of {model.backend}"
     known = None if model.remembered is None else model.remembered.fact(name)
     try:

@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import re
+import stat
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from llava_edge.errors import InputError, ModelError
-from llava_edge.paths import models_dir
+from llava_edge.paths import is_file, models_dir
 from llava_edge.registry import known_models
 from llava_edge.strict_json import Fields, parse_object
 from llava_edge.types import ImageSpec
@@ -343,16 +344,21 @@ def resolve_model(name_or_dir: str | os.PathLike[str]) -> Bundle:
     A directory without a manifest gives way to a model of that name.
     """
     directory = Path(name_or_dir)
-    if (directory / MANIFEST_NAME).is_file():
+    if is_file(directory / MANIFEST_NAME):
         return open_bundle(directory)
     models = embedded_models()
     name = os.fspath(name_or_dir)
     if name in models:
         return open_bundle(models[name])
-    if _SAFE_NAME.match(name) and (models_dir() / name / MANIFEST_NAME).is_file():
+    if _SAFE_NAME.match(name) and is_file(models_dir() / name / MANIFEST_NAME):
         return open_bundle(models_dir() / name)
-    if directory.is_dir():
-        return open_bundle(directory)
+    try:
+        if stat.S_ISDIR(directory.stat().st_mode):
+            return open_bundle(directory)
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last of a name that no file can have
+        pass
+    except OSError as error:
+        raise ModelError(f"can't open the model {name!r}: {error.strerror}") from None
     known = ", ".join(models) or "none"
     near = difflib.get_close_matches(name, models, n=1)
     if near:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from llava_edge.errors import InputError
-from llava_edge.paths import cache_dir
+from llava_edge.paths import cache_dir, is_file
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class DiskCache:
 
     def has(self, kind: Kind, key: str) -> bool:
         """Whether there is an entry, good or not."""
-        return self._path(kind, key).is_file()
+        return is_file(self._path(kind, key))
 
     def put(self, kind: Kind, key: str, payload: Sequence[Data]) -> None:
         """Keep a payload, given in pieces, if the disk lets us."""
@@ -132,9 +132,10 @@ class DiskCache:
 
     def clear(self) -> Usage:
         """Delete everything; what was freed."""
-        freed = [file for file in self._files() if not file.being_written]
-        for file in freed:
-            _discard(file.path)
+        found = [file for file in self._files() if not file.being_written]
+        freed = [file for file in found if _discard(file.path)]
+        if len(freed) < len(found):
+            log.warning("%d entries in %s can't be deleted", len(found) - len(freed), self.root)
         return Usage(len(freed), sum(file.n_bytes for file in freed))
 
     def _path(self, kind: Kind, key: str) -> Path:
@@ -205,12 +206,16 @@ def _replace(new: Path, path: Path) -> None:
         new.replace(path)
 
 
-def _discard(path: Path) -> None:
-    with suppress(OSError):
+def _discard(path: Path) -> bool:
+    """Delete an entry; False if the system refuses to."""
+    try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
+            return not os.path.lexists(path)
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _warn(root: Path, error: OSError) -> None:

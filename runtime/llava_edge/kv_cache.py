@@ -79,16 +79,12 @@ class KvCache:
         """
         return finish(self.prefill_steps(units, images))
 
-    def read_ahead(self, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> None:
-        """Evaluate units with which a prompt is going to begin. There are no logits afterwards."""
-        finish(self.prefill_steps(units, images, ahead=True))
-
     def prefill_steps(
         self, units: Sequence[Unit], images: Mapping[str, EncodedImage], *, ahead: bool = False
     ) -> Generator[None, None, Prefill]:
-        """:meth:`prefill`, or :meth:`read_ahead`, with a pause between two units and two batches.
+        """:meth:`prefill` with a pause between two units and two batches. Closing it leaves whole units.
 
-        Closing it leaves whole units.
+        With ``ahead`` a prompt is going to begin with these units, and there are no logits afterwards.
         """
         sizes = [len(u.ids) if isinstance(u, TokenRun) else images[u.key].n_tokens for u in units]
         needed = sum(sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_edge import images
-from llava_edge.budget import DEFAULT_SECONDS, choose, pace_of
+from llava_edge.budget import DEFAULT_SECONDS, choose, largest_pictures, pace_of
 from llava_edge.bundle import Bundle
 from llava_edge.cache import DiskCache
 from llava_edge.engine import Engine
@@ -199,6 +200,7 @@ class Model:
         self.engine = engine
         self.cache = KvCache(engine)
         self.answering: Generation | None = None
+        self.turnstile = threading.Lock()  # held by who looks whether the model answers, and then makes it work
         self.ahead: Ahead | None = None
         self._parts = parts
         self.vision_backend: str | None = None
@@ -335,7 +337,7 @@ class Model:
         tokens = self.visual_tokens
         if tokens is None:
             raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
-        self.image_tokens = choose(pace_of(self), tokens.trained, seconds)
+        self.image_tokens = choose(pace_of(self), largest_pictures(self, tokens), seconds)
         self.pages_whole = True
         self.forget()
 
@@ -427,6 +429,7 @@ class Model:
         return self._encoder
 
     def _load_encoder(self, bundle: Bundle) -> VisionEncoder:
+        _ = self.engine.model_pointer  # a closed model says so, whatever of the tower was loaded
         if self._encoder is None:
             from llava_edge.vision.backends import open_encoder
 

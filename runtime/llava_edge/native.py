@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from llava_edge.errors import ModelError
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -145,10 +147,12 @@ class Worker:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._current: _Job | None = None
         self._stopping = False
+        self._closed = False
         self._lock = threading.Lock()
         self._flag = (ctypes.c_uint8 * 2)()
         self.stop_flag = ctypes.c_void_p(ctypes.addressof(self._flag))
-        threading.Thread(target=self._work, name="llava-edge", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="llava-edge", daemon=True)
+        self._thread.start()
 
     @property
     def aborting(self) -> bool:
@@ -170,16 +174,22 @@ class Worker:
             self._flag[0] = self._stopping or self.aborting
 
     def run(self, call: Callable[[], T]) -> T:
-        """The call's result. An interruption of the waiting thread stops the call, then goes on to the caller."""
+        """The call's result. An interruption of the waiting thread stops the call, then goes on to the caller.
+
+        ModelError after :meth:`close`.
+        """
         job = _Job(call)
         try:
-            self._jobs.put(job)
-            job.wait()
+            accepted = self._put(job)
+            if accepted:
+                job.wait()
         except BaseException:
             job.cancelled = True
             self._raise_flag()
             self._settle()
             raise
+        if not accepted:
+            raise ModelError("the model is closed")
         if job.failure is not None:
             raise job.failure
         result: T = job.result
@@ -187,7 +197,16 @@ class Worker:
 
     def close(self) -> None:
         """End the thread when its work is done."""
-        self._jobs.put(None)
+        with self._lock:
+            self._closed = True
+            self._jobs.put(None)
+
+    def _put(self, job: _Job) -> bool:
+        """Queue a job; False if no thread would ever come to it."""
+        with self._lock:
+            if not self._closed:
+                self._jobs.put(job)
+            return not self._closed
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -203,7 +222,9 @@ class Worker:
         idle: list[bool] = []
         while not idle:
             try:
-                self._jobs.put(_Job(lambda: idle.append(True)))
+                if not self._put(_Job(lambda: idle.append(True))):
+                    self._thread.join()
+                    return
                 while not idle:
                     time.sleep(0.001)
             except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from llava_edge.errors import InputError
 from llava_edge.gguf_check import check_gguf
 from llava_edge.gguf_mmproj import known_defects
 from llava_edge.onnx_check import check_onnx
+from llava_edge.paths import is_file
 from llava_edge.trial import require_trial
 from llava_edge.vision.tokens import pooled_counts
 
@@ -78,9 +79,9 @@ def _require_mtmd(vision_backend: str) -> None:
 def pulled_pair(model: str | os.PathLike[str]) -> store.Pulled | None:
     """A raw pair that was pulled, by its name or directory; None if it is something else."""
     directory = Path(model)
-    if (directory / store.PAIR_NAME).is_file():
+    if is_file(directory / store.PAIR_NAME):
         pulled: store.Pulled | None = store.open_pulled(directory)
-    elif (directory / MANIFEST_NAME).is_file() or os.fspath(model) in embedded_models():
+    elif is_file(directory / MANIFEST_NAME) or os.fspath(model) in embedded_models():
         return None
     else:
         pulled = store.find(os.fspath(model))

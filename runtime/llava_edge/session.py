@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Generator, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +19,9 @@ from llava_edge.ahead import Ahead
 from llava_edge.errors import InputError
 from llava_edge.generate import Generation, generate
 from llava_edge.kv_cache import finish
-from llava_edge.prompt import Answer, ImageRef, Segment, up_to_pictures
+from llava_edge.prompt import Answer, ImageRef, Segment, Unit, up_to_pictures
 from llava_edge.sampling import Sampler
-from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage
+from llava_edge.types import Chunk, Reply, SamplingParams, Timings, Usage, within
 
 if TYPE_CHECKING:
     from llava_edge.images import ImageSource
@@ -29,11 +32,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A question and its answer. It holds its pictures' embeddings, so that they are never made twice."""
+    """A question and its answer. Of its pictures it holds names, and embeddings, so that they are never made twice."""
 
     question: str
     segments: tuple[Segment, ...]
-    pictures: tuple[Picture, ...]
+    pictures: tuple[str, ...]
     encoded: tuple[EncodedImage, ...]
     answer: str = ""
     ids: tuple[int, ...] = ()
@@ -60,7 +63,8 @@ class ChatSession:
         self._system = system
         self._turns: tuple[_Turn, ...] = ()
         self._pending: tuple[Picture, ...] = ()
-        self._stream: Generator[Chunk, None, None] | None = None
+        # Weak, so that a stream that is left in its middle closes at once.
+        self._stream: weakref.ref[Generator[Chunk, None, None]] | None = None
         self._ahead: Ahead | None = None
         self._closed = False
         model.format.turn(0, [], "?", system)  # a system message that the format can't hold is refused here
@@ -106,10 +110,13 @@ class ChatSession:
         picture more, :meth:`reset` and Ctrl-C stop it. While the model answers, nothing happens.
         """
         model = self._model
-        model.stop_ahead()
-        if self._pending and model.answering is None:
-            self._ahead = model.ahead = Ahead(model.engine, self._read_pictures)
-            model.ahead.start()
+        with model.turnstile:
+            if model.answering is not None:
+                return
+            model.stop_ahead()
+            if self._pending:
+                self._ahead = model.ahead = Ahead(model.engine, self._read_pictures)
+                model.ahead.start()
 
     def _read_pictures(self) -> None:
         model = self._model
@@ -119,14 +126,15 @@ class ChatSession:
         known = self._known(turn)
         if model.remembered is not None:
             model.remembered.restore(model.cache, units, known)
-        model.cache.read_ahead(up_to_pictures(units), known)
+        steps = model.cache.prefill_steps(up_to_pictures(units), known, ahead=True)
+        finish(self._keeping(units, known, steps))
 
     @property
     def turns(self) -> list[tuple[str, str, list[str]]]:
         """Questions and answers so far: (role, text, names of pictures)."""
         listed: list[tuple[str, str, list[str]]] = []
         for turn in self._turns:
-            listed.append(("user", turn.question, [picture.name for picture in turn.pictures]))
+            listed.append(("user", turn.question, list(turn.pictures)))
             listed.append(("assistant", turn.answer, []))
         return listed
 
@@ -180,28 +188,33 @@ class ChatSession:
     ) -> Generator[Chunk, None, None]:
         """The same as :meth:`ask`, piece by piece; the last chunk has the reply and no text.
 
-        Closing the generator stops the answer, which stays in the conversation as far as it came.
+        Closing the generator, or leaving a loop over it, stops the answer, which stays in the conversation as far as it
+        came.
         """
         started = time.perf_counter()
         if self._closed:
             raise InputError("this chat is closed", hint="Begin another one with model.chat().")
-        sources = [images] if isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)) else list(images)
+        if isinstance(images, (str, os.PathLike, bytes, Image.Image, np.ndarray)):
+            images = [images]
+        for name, value in (("images", images), ("stop", stop)):
+            if not isinstance(value, Iterable):
+                raise InputError(f"{name} is {value!r}; expected a list")
+        sources = list(images)
         if not isinstance(text, str) or not (text.strip() or sources or self._pending):
             raise InputError("the question is empty")
-        if max_tokens < 1:
-            raise InputError(f"max_tokens is {max_tokens}; expected 1 or more")
+        if not within(max_tokens, Integral, 1, math.inf):
+            raise InputError(f"max_tokens is {max_tokens!r}; expected a whole number from 1 on")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if not all(isinstance(text, str) and text for text in stops):
             raise InputError(f"stop is {list(stops)}; expected texts that are not empty")
-        try:
-            params = SamplingParams(**sampling)
-        except TypeError:
-            known = ", ".join(SamplingParams.__dataclass_fields__)
-            unknown = ", ".join(sorted(set(sampling) - set(SamplingParams.__dataclass_fields__)))
-            raise InputError(f"unknown option {unknown}", hint=f"Sampling has {known}.") from None
+        known = SamplingParams.__dataclass_fields__
+        if unknown := sorted(set(sampling) - set(known)):
+            raise InputError(f"unknown option {', '.join(unknown)}", hint=f"Sampling has {', '.join(known)}.")
+        params = SamplingParams(**sampling)
         self._stop_stream()
-        self._stream = self._answer(text, sources, max_tokens, stops, params, started)
-        return self._stream
+        stream = self._answer(text, sources, max_tokens, stops, params, started)
+        self._stream = weakref.ref(stream)
+        return stream
 
     def _answer(
         self,
@@ -214,16 +227,19 @@ class ChatSession:
     ) -> Generator[Chunk, None, None]:
         model = self._model
         generation = Generation()
-        turn = None
-        if model.answering is not None:
-            raise InputError("the model is answering in another chat", hint="Finish or close that stream first.")
+        turn, past = None, self._turns
         try:
-            if model.ahead is not None and model.ahead is self._ahead:
-                self._ahead.wait()
-        finally:
-            model.stop_ahead()
-        try:
-            model.answering = generation
+            with model.turnstile:
+                if model.answering is not None:
+                    raise InputError(
+                        "the model is answering in another chat", hint="Finish or close that stream first."
+                    )
+                model.answering = generation
+            try:
+                if model.ahead is not None and model.ahead is self._ahead:
+                    self._ahead.wait()
+            finally:
+                model.stop_ahead()
             clock = _Clock(started)
             turn, prefill = self._prepare(text, sources, clock)
             for piece in generate(model.token_loop(generation, Sampler(params), max_tokens, stop), model.cache):
@@ -233,11 +249,12 @@ class ChatSession:
             self._commit(turn, generation)
             yield Chunk("", self._reply(generation, prefill, clock))
         except (GeneratorExit, KeyboardInterrupt):
-            if turn is not None and generation.finish_reason == "cancelled" and generation.ids:
+            if turn is not None and generation.first_token_at is not None and self._turns is past:
                 self._commit(turn, generation)
             raise
         finally:
-            model.answering = None
+            if model.answering is generation:
+                model.answering = None
 
     def _prepare(self, text: str, sources: Sequence[ImageSource], clock: _Clock) -> tuple[_Turn, Prefill]:
         """Everything up to the logits of the first token. Nothing of the conversation changes."""
@@ -253,10 +270,7 @@ class ChatSession:
         known = self._known(turn)
         if model.remembered is not None:
             model.remembered.restore(model.cache, units, known)
-        steps = model.cache.prefill_steps(units, known)
-        if model.remembered is not None and not self._turns:  # nobody else begins with a later turn
-            steps = model.remembered.keeping(model.cache, units, known, steps)
-        prefill = finish(steps)
+        prefill = finish(self._keeping(units, known, model.cache.prefill_steps(units, known)))
         clock.encode_seconds = encoded_at - began
         clock.prefill_seconds = time.perf_counter() - encoded_at
         return turn, prefill
@@ -264,7 +278,7 @@ class ChatSession:
     def _turn(self, text: str, pictures: tuple[Picture, ...], encoded: tuple[EncodedImage, ...]) -> _Turn:
         refs = [ImageRef(image.key) for image in encoded]
         segments = self._model.format.turn(len(self._turns), refs, text, self._system)
-        return _Turn(text, tuple(segments), pictures, encoded)
+        return _Turn(text, tuple(segments), tuple(picture.name for picture in pictures), encoded)
 
     def _drop_ahead(self) -> None:
         """Stop reading ahead, if it is this chat that does."""
@@ -274,6 +288,14 @@ class ChatSession:
 
     def _known(self, turn: _Turn) -> dict[str, EncodedImage]:
         return {image.key: image for past in (*self._turns, turn) for image in past.encoded}
+
+    def _keeping(
+        self, units: Sequence[Unit], known: dict[str, EncodedImage], steps: Generator[None, None, Prefill]
+    ) -> Generator[None, None, Prefill]:
+        """The steps, with a copy for the disk of what ends with a picture; nobody else begins with a later turn."""
+        if self._model.remembered is None or self._turns:
+            return steps
+        return self._model.remembered.keeping(self._model.cache, units, known, steps)
 
     def _write_prefix(self) -> None:
         if self._model.remembered is not None:
@@ -310,7 +332,7 @@ class ChatSession:
         return sum(len(turn.pictures) for turn in self._turns) + len(self._pending)
 
     def _stop_stream(self) -> None:
-        stream = self._stream
+        stream = None if self._stream is None else self._stream()
         if stream is not None:
             try:
                 stream.close()

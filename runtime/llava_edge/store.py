@@ -17,7 +17,7 @@ from typing import cast
 
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Role, open_bundle, sha256_file
 from llava_edge.errors import InputError, ModelError
-from llava_edge.paths import models_dir
+from llava_edge.paths import is_file, models_dir
 from llava_edge.strict_json import Fields, parse_object
 
 PAIR_NAME = "llava-edge-pair.json"
@@ -153,4 +153,4 @@ def verify(pulled: Pulled, progress: Callable[[int], None] | None = None) -> lis
 
 
 def _has_manifest(directory: Path) -> bool:
-    return (directory / MANIFEST_NAME).is_file() or (directory / PAIR_NAME).is_file()
+    return is_file(directory / MANIFEST_NAME) or is_file(directory / PAIR_NAME)

@@ -21,7 +21,7 @@ from llava_edge.errors import LlavaEdgeError, ModelFileError
 from llava_edge.gguf_check import CHECKED_ARCHITECTURES
 from llava_edge.gguf_header import Header
 from llava_edge.gguf_mmproj import CHECKED_PROJECTORS, projector_of
-from llava_edge.paths import cache_dir
+from llava_edge.paths import cache_dir, exists
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def require_trial(llm: Header, mmproj: Header | None) -> None:
         return
     files = [llm, mmproj] if mmproj else [llm]
     mark = cache_dir() / "trials" / f"{_fingerprint(files)}.passed"
-    if mark.exists():
+    if exists(mark):
         return
     log.info("first use of a model of kind %s: trying it out in a process of its own", llm.architecture)
     suspect = llm if known_tower else files[-1]

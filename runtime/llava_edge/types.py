@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from llava_edge.errors import InputError
@@ -12,6 +13,11 @@ FIT_MODES: tuple[FitMode, ...] = ("pad", "crop", "squash", "anyres")
 MAX_TILES = 16  # a side
 MAX_GRID_PIXELS = 1 << 24  # of all tiles together
 MAX_GRIDS = 128
+
+
+def within(value: Any, kind: type[Any], low: float, high: float) -> bool:
+    """Whether it is a number of this kind and between the limits."""
+    return isinstance(value, kind) and bool(low <= value <= high)
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,14 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 1 << 31)):
+        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1)):
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise InputError(f"{name} is {value}; expected a number from {low} to {high}")
-        if self.seed is not None and not 0 <= self.seed < 1 << 32:
-            raise InputError(f"seed is {self.seed}; expected a whole number from 0 to 2^32 - 1")
+            if not within(value, Real, low, high):
+                raise InputError(f"{name} is {value!r}; expected a number from {low} to {high}")
+        if not within(self.top_k, Integral, 0, 1 << 31):
+            raise InputError(f"top_k is {self.top_k!r}; expected a whole number from 0 to 2^31")
+        if self.seed is not None and not within(self.seed, Integral, 0, (1 << 32) - 1):
+            raise InputError(f"seed is {self.seed!r}; expected a whole number from 0 to 2^32 - 1")
 
 
 @dataclass(frozen=True)

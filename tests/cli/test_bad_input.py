@@ -79,6 +79,9 @@ class TestModels:
     def test_an_unknown_name(self, run):
         assert_one_error(run("chat", "--model", "nanoo", *QUESTION), "nanoo", "nano")
 
+    def test_a_name_that_no_file_can_have(self, run):
+        assert_one_error(run("chat", "--model", "x" * 300, *QUESTION), "can't open the model", "too long")
+
     def test_a_directory_without_manifest(self, run, tmp_path):
         assert_one_error(run("chat", "--model", tmp_path, *QUESTION), "llava-edge.json")
 

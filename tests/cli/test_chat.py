@@ -71,6 +71,15 @@ def test_max_tokens_cuts_the_answer_and_says_so(run, cat):
     assert run(*args, "--quiet").err == ""
 
 
+def test_a_full_context_is_called_one(run):
+    random = ("--temperature", "100", "--top-p", "1", "--top-k", "0", "--min-p", "0")
+    common = ("chat", "--n-ctx", "256", "--max-tokens", "3000", *random)
+    said = run(*common, "-p", "Go on and on.").err
+    assert said == "note: the answer was cut: the context of 256 tokens is full; --n-ctx makes it larger\n"
+    said = run(*common, stdin="Go on and on.\n").err
+    assert "(cut: the context of 256 tokens is full; /reset empties it, --n-ctx makes it larger)" in said
+
+
 def test_stats_go_to_stderr(run, cat):
     result = run("chat", "--image", cat, "-p", ANIMAL, "--stats")
     assert "tokens/s" in result.err

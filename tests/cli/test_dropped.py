@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_edge.cli.dropped import picture_path, split_pictures
+from llava_edge.cli.dropped import picture_path, split_pictures, unquoted
 
 
 @pytest.fixture
@@ -68,10 +68,33 @@ def test_a_missing_absolute_picture_is_still_meant_as_one():
         "x" * 5000,
         "/" + "x" * 5000,
         "a\0b",
+        "~30 people in this picture?",
+        "~nobody-of-this-name/cat",
+        "file://[x",
     ],
 )
 def test_questions_and_commands_are_no_pictures(line):
     assert split_pictures(line) == ([], line)
+
+
+@pytest.mark.parametrize("word", ["~nobody-of-this-name/x.jpg", "file://[x"])
+def test_what_only_begins_like_a_home_or_a_url_is_taken_literally(word):
+    assert picture_path(word) == Path(word)
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("talk.md", "talk.md"),
+        ("'my talk.md'", "my talk.md"),
+        ('"my talk.md"', "my talk.md"),
+        ("my\\ talk.md", "my talk.md"),
+        ("my talk.md", "my talk.md"),
+        ("it's.md", "it's.md"),
+    ],
+)
+def test_a_name_may_be_quoted_and_need_not(text, name):
+    assert unquoted(text) == name
 
 
 def test_home_and_file_urls_are_understood(monkeypatch):

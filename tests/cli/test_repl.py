@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 
@@ -191,11 +192,36 @@ def test_quit_leaves(talk):
 def test_a_piped_conversation_writes_answers_to_stdout_and_the_rest_to_stderr(run, cat):
     lines = f"/image {cat}\n{ANIMAL}\n/nonsense\nIs it\\\n asleep?\n"
     result = run("chat", stdin=lines)
-    assert result.code == 0
+    assert result.code == 1
     assert len(result.out.splitlines()) >= 2
     assert "added cat.jpg" in result.err
     assert "no such command: /nonsense" in result.err
     assert "> " not in result.out
+
+
+def test_a_piped_line_that_is_no_text_is_refused_alone(run):
+    result = run("chat", "--max-tokens", "2", "--quiet", stdin=b"/settings seed 1\r\ncaf\xe9?\n/settings seed 2\nWhy?")
+    assert "seed: 1" in result.err
+    assert "error: the line is not valid text" in result.err
+    assert "seed: 2" in result.err
+    assert result.out.strip()
+    assert result.code == 1
+    assert run("chat", stdin="/settings seed 1\n").code == 0
+
+
+def test_odd_names_cost_their_line_only(run, cat, tmp_path):
+    long = "x" * 300
+    lines = ["~30 people?", "/image ~nobody-of-this-name/x.jpg", f"/image {long}.jpg", f"/save {long}.md",
+             "file://[x", f"/image {cat}", ANIMAL, "/save 'my talk.md'"]  # fmt: skip
+    name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    with open(name, "wb") as file:  # noqa: PTH123
+        file.write(cat.read_bytes())
+    result = run("chat", "--image", name, "--max-tokens", "2", stdin="\n".join(lines) + "\n")
+    assert result.code == 1
+    assert "no such picture: ~nobody-of-this-name/x.jpg" in result.err
+    assert result.err.count("File name too long") == 2
+    assert "- picture: cat.jpg" in (tmp_path / "my talk.md").read_text(encoding="utf-8")
+    assert "- picture: caf\\udce9.jpg" in (tmp_path / "my talk.md").read_text(encoding="utf-8")
 
 
 def test_a_second_turn_costs_its_own_tokens_only(run, cat):

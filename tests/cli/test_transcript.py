@@ -46,12 +46,25 @@ def test_a_folder_that_does_not_exist_is_an_error_in_words(tmp_path):
         transcript.save(tmp_path / "no" / "talk.md", RECORD, TURNS)
 
 
+def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path):
+    turns = [("user", "What is this?", ("caf\udce9.jpg",))]
+    transcript.save(tmp_path / "talk.md", RECORD, turns)
+    assert "- picture: caf\\udce9.jpg" in (tmp_path / "talk.md").read_text(encoding="utf-8")
+    transcript.save(tmp_path / "talk.json", RECORD, turns)
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert saved["turns"][0]["images"] == ["caf\udce9.jpg"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_an_error_in_words(tmp_path, name):
+    with pytest.raises(InputError, match="can't write"):
+        transcript.save(tmp_path / f"{name}.md", RECORD, TURNS)
+
+
 def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "talk.json"
     path.write_text("old")
     with pytest.raises(TypeError):
         transcript.save(path, {"model": object()}, TURNS)
-    with pytest.raises(UnicodeEncodeError):
-        transcript.save(path, RECORD, [("user", "\udcff", ())])
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

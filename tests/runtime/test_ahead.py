@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import llava_edge
+from llava_edge.kv_cache import finish
 from llava_edge.prompt import ImageRef, up_to_pictures
 
 
@@ -45,7 +46,7 @@ def test_a_picture_is_in_the_cache_before_the_question(model: llava_edge.Model, 
 def test_what_is_there_already_stays(model: llava_edge.Model, pictures: list[Path]) -> None:
     model.chat().ask("What is it?", pictures[:1], max_tokens=6)
     before, encoded = model.cache.units, model.encode(model.open_picture(pictures[0]))
-    model.cache.read_ahead(up_to_pictures(before), {encoded.key: encoded})
+    finish(model.cache.prefill_steps(up_to_pictures(before), {encoded.key: encoded}, ahead=True))
     assert model.cache.units == before
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 import llava_edge
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Probe, open_bundle, probe_picture
 from llava_edge.engine import Engine, EngineError
-from llava_edge.errors import InputError, ModelError
+from llava_edge.errors import InputError, LlavaEdgeError, ModelError
 from llava_edge.images import normalize
 from llava_edge.types import ImageSpec
 from llava_edge.vision.onnx import WATCHER, OnnxEncoder
@@ -167,6 +167,28 @@ def test_the_manifests_order_is_followed(with_onnx: Callable[..., Path], picture
     with llava_edge.load(with_onnx(of_mtmd=True, backends=("mtmd", "onnx")), n_threads=1, n_ctx=512) as model:
         model.chat().ask("What is it?", pictures[:1], max_tokens=1)
         assert model.vision_backend == "mtmd"
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_picture_for_a_closed_model_is_refused(
+    with_onnx: Callable[..., Path], pictures: list[Path], loaded: bool
+) -> None:
+    with llava_edge.load(with_onnx(), n_threads=1, n_ctx=512) as model:
+        chat = model.chat()
+        if loaded:
+            model.open_vision()
+    said: list[str] = []
+
+    def ask() -> None:
+        try:
+            chat.ask("What is it?", pictures[:1], max_tokens=1)
+        except LlavaEdgeError as error:
+            said.append(str(error))
+
+    asker = threading.Thread(target=ask, daemon=True)  # it would wait for ever for a thread that has ended
+    asker.start()
+    asker.join(30)
+    assert said == ["the model is closed"]
 
 
 def test_a_backend_that_is_wrong_gives_way_to_the_next_with_a_warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import llava_edge
 from llava_edge.budget import Pace, choose, pace_of
 from llava_edge.cache import LIMIT_VARIABLE, DiskCache
 from llava_edge.errors import InputError
+from llava_edge.types import ImageSpec
 from llava_edge.vision.tokens import METHODS, pool, reduce
 
 PACE = Pace(0.5, 0.01)  # 576 tokens take 6.58 s, 144 take 2.26 s, 36 take 1.18 s
@@ -20,14 +22,14 @@ PACE = Pace(0.5, 0.01)  # 576 tokens take 6.58 s, 144 take 2.26 s, 36 take 1.18 
 
 @pytest.mark.parametrize(("seconds", "count"), [(100, 576), (6.58, 576), (6.5, 144), (2.3, 144), (2.0, 36)])
 def test_the_most_tokens_that_fit_the_budget(seconds: float, count: int) -> None:
-    assert choose(PACE, (576, 36, 144), seconds) == count
+    assert choose(PACE, {576: 576, 36: 36, 144: 144}, seconds) == count
 
 
 def test_a_budget_that_can_not_be_met_says_what_can() -> None:
     with pytest.raises(
         InputError, match=r"within 1 s .* 36 tokens 1\.2 s, 144 tokens 2\.3 s, 576 tokens 6\.6 s"
     ) as error:
-        choose(PACE, (576, 144, 36), 1.0)
+        choose(PACE, {576: 576, 144: 144, 36: 36}, 1.0)
     assert "from 1.2 s on" in str(error.value.hint)
 
 
@@ -55,6 +57,35 @@ def test_the_pace_is_measured_once(tiny_bundle: Path, tmp_path: Path, monkeypatc
     assert DiskCache().usage()["facts"].entries == 1
     with pytest.raises(InputError, match=r"a picture of 4 tokens 86 s, 16 tokens 98 s"):
         llava_edge.load(tiny_bundle, n_threads=1, n_ctx=256, image_tokens="auto")
+
+
+@pytest.fixture
+def tiled(make_bundle: Callable[..., Path], make_mmproj: Callable[..., Path]) -> Path:
+    """A bundle whose pictures have up to 16 tiles."""
+    half = (0.5, 0.5, 0.5)
+    spec = ImageSpec(size=32, mean=half, std=half, mode="anyres", grid=((32, 32), (64, 64), (128, 128)))
+    return make_bundle(mmproj=make_mmproj(newline=True), image=spec)
+
+
+def test_the_largest_picture_fits_the_context(tiled: Path) -> None:
+    picture = np.zeros((128, 128, 3), np.uint8)
+    for n_ctx, tokens, whole in ((256, 4, 4 + 8 * 9), (512, 16, 16 + 16 * 17)):
+        with llava_edge.load(tiled, n_threads=1, n_ctx=n_ctx, image_tokens="auto", ttft_budget=60) as model:
+            assert model.image_tokens == tokens
+            model.pages_whole = False  # a plain picture looks like a page
+            assert model.chat().ask("What is it?", [picture], max_tokens=1).usage.image_tokens == whole
+
+
+def test_every_tile_takes_its_time(tiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path))
+    monkeypatch.delenv(LIMIT_VARIABLE)
+    with llava_edge.load(tiled, n_threads=1, n_ctx=512) as model:
+        assert model.remembered is not None
+        fact = {"encode_seconds": 2.0, "token_seconds": 1.0}  # of the probe, which is a picture of one tile
+        model.remembered.keep_fact(f"pace of {model.backend}", json.dumps(fact))
+        assert pace_of(model) == Pace(17.0, 1.0)
+    with pytest.raises(InputError, match=r"a picture of 4 tokens 1.2e\+02 s, 16 tokens 3.4e\+02 s"):
+        llava_edge.load(tiled, n_threads=1, n_ctx=512, image_tokens="auto")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -180,6 +181,37 @@ def test_a_place_that_can_not_be_written_costs_the_cache_only(tmp_path: Path, ca
     assert "can't be written" in caplog.text
 
 
+@pytest.mark.usefixtures("not_warned")
+def test_a_place_that_can_not_be_looked_into_costs_the_cache_only(
+    tmp_path: Path, not_root: Callable[[], AbstractContextManager[None]]
+) -> None:
+    tmp_path.chmod(0)
+    disk = DiskCache(tmp_path / "computed", limit=100_000)
+    with not_root():
+        disk.put("prefixes", KEY, [PAYLOAD])
+        assert disk.get("prefixes", KEY) is None
+        assert not disk.has("prefixes", KEY)
+    tmp_path.chmod(0o700)
+
+
+def test_clear_counts_what_is_gone(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    not_root: Callable[[], AbstractContextManager[None]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    disk = DiskCache(Path("computed"), limit=100_000)
+    disk.put("prefixes", KEY, [PAYLOAD])
+    for path in (Path(), Path("computed"), Path("computed/prefixes")):
+        path.chmod(0o555)
+    with not_root():
+        assert disk.clear() == cache.Usage(0, 0)
+    assert "1 entries in computed can't be deleted" in caplog.text
+    Path("computed/prefixes").chmod(0o700)
+    assert disk.clear().entries == 1
+
+
 def test_several_processes_use_it_at_a_time(tmp_path: Path) -> None:
     """Each writes, reads, evicts and clears; whatever is found is whole."""
     code = """
@@ -335,6 +367,19 @@ def test_what_was_asked_is_no_part_of_what_is_kept(tiny_bundle: Path, pictures: 
         sizes.append(DiskCache().usage()["prefixes"])
     assert sizes[0].entries == 1
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.usefixtures("home")
+def test_what_was_read_ahead_is_kept(tiny_bundle: Path, pictures: list[Path]) -> None:
+    with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512) as model, model.chat() as chat:
+        chat.add_image(pictures[0])
+        chat.read_ahead()
+        first = chat.ask("What is it?", max_tokens=8)
+    assert DiskCache().usage()["prefixes"].entries == 1
+    with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512) as model, model.chat() as chat:
+        second = chat.ask("What is it?", pictures[:1], max_tokens=8)
+    assert second.token_ids == first.token_ids
+    assert second.usage.cached_tokens > second.usage.image_tokens
 
 
 @pytest.mark.usefixtures("home")

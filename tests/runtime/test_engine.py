@@ -252,5 +252,28 @@ def test_errors_of_a_call_reach_the_caller() -> None:
     worker.close()
 
 
+def test_a_call_after_the_end_is_refused_and_one_before_it_is_made() -> None:
+    worker = Worker()
+    going_on, results = threading.Event(), []
+    asker = threading.Thread(target=lambda: results.append(worker.run(going_on.wait)), daemon=True)
+    asker.start()
+    late = threading.Thread(target=lambda: refused(worker, results), daemon=True)
+    while worker._current is None:
+        time.sleep(0.001)
+    worker.close()
+    late.start()
+    late.join(30)
+    going_on.set()
+    asker.join(30)
+    assert results == ["the model is closed", True]
+
+
+def refused(worker: Worker, results: list[Any]) -> None:
+    try:
+        worker.run(lambda: 7)
+    except ModelError as error:
+        results.append(str(error))
+
+
 def test_threads_are_within_the_machine() -> None:
     assert 1 <= default_threads() <= (os.cpu_count() or 1)

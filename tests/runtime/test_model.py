@@ -102,6 +102,8 @@ def test_a_tower_with_another_grid_than_the_manifest_is_refused(
 def test_wrong_parts_are_refused_in_words(
     tiny_llm: Path, tiny_mmproj: Path, make_mmproj: Callable[..., Path], make_llm: Callable[..., Path], tmp_path: Path
 ) -> None:
+    with pytest.raises(ModelError, match=r"can't open the model 'xxx.*: File name too long"):
+        llava_edge.load("x" * 300)
     with pytest.raises(ModelError, match="no model 'nanoo'"):
         llava_edge.load("nanoo")
     with pytest.raises(ModelError, match="no such model file"):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 import llava_edge
+from llava_edge.ahead import Ahead
 from llava_edge.engine import Engine
 from llava_edge.errors import ContextFullError, ImageError, InputError
 from llava_edge.kv_cache import KvCache
@@ -188,6 +191,27 @@ def test_closing_a_stream_keeps_what_came(chat: ChatSession, pictures: list[Path
     assert len(chat.turns) == 4
 
 
+def test_closing_a_stream_at_its_last_piece_keeps_the_turn(chat: ChatSession) -> None:
+    stream = chat.stream("What is it?", max_tokens=1)
+    text = next(stream).text
+    stream.close()
+    assert [said for _, said, _ in chat.turns] == ["What is it?", text]
+    for chunk in chat.stream("Why?", max_tokens=2):
+        if chunk.reply is not None:
+            break
+    assert len(chat.turns) == 4
+
+
+def test_a_stream_that_is_left_is_closed(tiny_model: llava_edge.Model, chat: ChatSession) -> None:
+    text = ""
+    for chunk in chat.stream("What is it?", max_tokens=50):
+        text += chunk.text
+        if len(text) > 2:
+            break
+    assert chat.turns[1][1] == text
+    tiny_model.chat().ask("Why?", max_tokens=2)
+
+
 def test_a_new_question_ends_the_stream_before(chat: ChatSession) -> None:
     stream = chat.stream("What is it?", max_tokens=50)
     next(stream)
@@ -204,6 +228,30 @@ def test_one_model_answers_one_chat_at_a_time(tiny_model: llava_edge.Model) -> N
     with pytest.raises(InputError, match="answering in another chat"):
         second.ask("Why?")
     stream.close()
+    assert second.ask("Why?", max_tokens=2).usage.completion_tokens <= 2
+
+
+def test_a_chat_that_waits_for_its_picture_has_the_model_already(tiny_model: llava_edge.Model) -> None:
+    first, second = tiny_model.chat(), tiny_model.chat()
+    read, replies = threading.Event(), []
+
+    def work() -> None:
+        read.wait(10)
+
+    first._ahead = tiny_model.ahead = Ahead(tiny_model.engine, work)
+    tiny_model.ahead.start()
+    asker = threading.Thread(target=lambda: replies.append(first.ask("What is it?", max_tokens=2)))
+    asker.start()
+    for _ in range(100):
+        if tiny_model.answering is None:
+            time.sleep(0.01)
+    try:
+        with pytest.raises(InputError, match="answering in another chat"):
+            second.ask("Why?")
+    finally:
+        read.set()
+        asker.join()
+    assert len(replies) == 1
     assert second.ask("Why?", max_tokens=2).usage.completion_tokens <= 2
 
 
@@ -243,6 +291,15 @@ def test_turns_tell_the_conversation(chat: ChatSession, pictures: list[Path]) ->
     ]
     chat.reset()
     assert chat.turns == []
+
+
+def test_a_picture_that_was_asked_about_is_held_no_longer(chat: ChatSession, pictures: list[Path]) -> None:
+    chat.add_image(pictures[0])
+    pixels = weakref.ref(chat._pending[0].image)
+    chat.ask("What is it?", max_tokens=2)
+    gc.collect()
+    assert pixels() is None
+    assert chat.turns[0][2] == ["picture0.png"]
 
 
 def test_an_added_picture_goes_with_the_next_question(chat: ChatSession, pictures: list[Path]) -> None:
@@ -293,6 +350,15 @@ def test_an_answer_ends_where_the_context_does(chat: ChatSession, tiny_model: ll
         ({"temperature": -1}, "temperature is -1"),
         ({"temprature": 1}, "unknown option temprature"),
         ({"stop": [""]}, "stop is"),
+        ({"stop": None}, "stop is None"),
+        ({"images": None}, "images is None"),
+        ({"max_tokens": None}, "max_tokens is None"),
+        ({"max_tokens": "64"}, "max_tokens is '64'"),
+        ({"max_tokens": 2.5}, r"max_tokens is 2\.5"),
+        ({"temperature": None}, "temperature is None"),
+        ({"temperature": "0.5"}, r"temperature is '0\.5'"),
+        ({"temperature": 1, "seed": 1.5}, r"seed is 1\.5"),
+        ({"temperature": 1, "top_k": 1.5}, r"top_k is 1\.5"),
         ({"text": "half \ud800"}, "half a pair"),
     ],
 )

@@ -208,6 +208,13 @@ def test_a_cache_that_can_not_be_written_does_not_matter(
     assert selfcheck.check(encoder, open_bundle(tiny_bundle), "mmproj", "mtmd") is not None
 
 
+def test_a_cache_that_can_not_be_looked_into_does_not_matter(
+    encoder: MtmdEncoder, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path / ("long" * 70)))  # refused in the same way, to root too
+    assert selfcheck.check(encoder, open_bundle(tiny_bundle), "mmproj", "mtmd") is not None
+
+
 def test_the_probe_needs_the_right_shape(probe: Probe) -> None:
     assert selfcheck.mean_cosine(np.ones((3, 64), np.float32), probe) == 0
     assert selfcheck.mean_cosine(np.ones((16, 60), np.float32), probe) == 0

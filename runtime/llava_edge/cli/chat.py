@@ -13,12 +13,14 @@ import click
 from llava_edge.cli import debug_option, log, terminal
 from llava_edge.cli.model_options import cache_options, how_it_runs, image_token_choice, which_model
 from llava_edge.errors import InputError, ModelError
+from llava_edge.paths import is_file
 from llava_edge.types import SamplingParams
 
 if TYPE_CHECKING:
     from llava_edge.model import Model
     from llava_edge.remote import RemoteChat, RemoteModel
     from llava_edge.session import ChatSession
+    from llava_edge.types import Reply
 
 MAX_STDIN_BYTES = 16 * 1024 * 1024
 
@@ -94,7 +96,7 @@ def chat(
     server: str | None,
     api_key_file: Path | None,
     **options: Any,
-) -> None:
+) -> int:
     """Ask a vision-language model about pictures.
 
     With -p the answer goes to stdout and the command ends. Without it a conversation starts; /help tells more.
@@ -116,12 +118,13 @@ def chat(
         model.chat(system=system) as session,
     ):
         if question is not None:
-            ask_once(session, question, images, max_tokens, sampling, as_json=as_json, stats=stats, quiet=quiet)
-            return
+            n_ctx, shown = model.describe()["n_ctx"], {"as_json": as_json, "stats": stats, "quiet": quiet}
+            ask_once(session, question, images, max_tokens, sampling, n_ctx=n_ctx, **shown)
+            return 0
         from llava_edge.cli.repl import Repl, Settings
 
         settings = Settings(SamplingParams(**sampling), max_tokens, stats)
-        Repl(model, session, settings, system=system, quiet=quiet).run(images)
+        return Repl(model, session, settings, system=system, quiet=quiet).run(images)
 
 
 def check_model_choice(options: dict[str, Any]) -> None:
@@ -133,7 +136,7 @@ def check_model_choice(options: dict[str, Any]) -> None:
         raise click.UsageError("--llm needs --mmproj: a language model alone sees no pictures")
     if mmproj and not llm:
         raise click.UsageError("--mmproj needs --llm")
-    if options["model"] and Path(options["model"]).is_file():
+    if options["model"] and is_file(options["model"]):
         raise ModelError(
             f"{options['model']} is a file; a model is a directory with a manifest",
             hint="A GGUF file needs the one of its vision tower: --llm FILE --mmproj FILE.",
@@ -228,6 +231,7 @@ def ask_once(
     max_tokens: int,
     sampling: dict[str, Any],
     *,
+    n_ctx: int | None,
     as_json: bool,
     stats: bool,
     quiet: bool,
@@ -243,4 +247,12 @@ def ask_once(
     if stats:
         terminal.note(terminal.stats(reply))
     elif reply.finish_reason == "length" and not as_json and not quiet:
-        terminal.note(f"note: the answer was cut after {max_tokens} tokens; --max-tokens allows more")
+        if context_is_full(reply, max_tokens):
+            terminal.note(f"note: the answer was cut: the context of {n_ctx} tokens is full; --n-ctx makes it larger")
+        else:
+            terminal.note(f"note: the answer was cut after {max_tokens} tokens; --max-tokens allows more")
+
+
+def context_is_full(reply: Reply, max_tokens: int) -> bool:
+    """Whether an answer that was cut ended before its own limit; a server that counts nothing tells of 0 tokens."""
+    return 0 < reply.usage.completion_tokens < max_tokens

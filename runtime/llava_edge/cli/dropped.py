@@ -7,15 +7,30 @@ import shlex
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from llava_edge.paths import is_file
+
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _PATH_STARTS = ("/", "~/", "./", "../", "file://", "'/", '"/', "'~/", '"~/', "'file://", '"file://')
 
 
 def picture_path(word: str) -> Path:
-    """A word without its shell quoting as a path; ``~`` and file:// URLs are understood."""
-    if word.startswith("file://"):
-        return Path(unquote(urlsplit(word).path))
-    return Path(word).expanduser()
+    """A word without its shell quoting as a path; ``~`` and file:// URLs are understood.
+
+    What only begins like one of these, such as the home of nobody, is taken literally.
+    """
+    try:
+        return Path(unquote(urlsplit(word).path)) if word.startswith("file://") else Path(word).expanduser()
+    except (ValueError, RuntimeError):
+        return Path(word)
+
+
+def unquoted(text: str) -> str:
+    """A file's name as a shell would read it, if that makes it one word; otherwise the text as it is."""
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        return text
+    return words[0] if len(words) == 1 else text
 
 
 def split_pictures(line: str) -> tuple[list[Path], str]:
@@ -51,8 +66,4 @@ def _first_word(line: str) -> tuple[str | None, str]:
 def _is_picture(path: Path, word: str) -> bool:
     has_suffix = path.suffix.lower() in SUFFIXES
     absolute = word.startswith(("/", "~/", "file://")) and " " not in word
-    try:
-        exists = path.is_file()
-    except (OSError, ValueError):  # a question can be longer than any path
-        return False
-    return (exists and (has_suffix or absolute)) or (has_suffix and absolute and len(path.parts) > 1)
+    return (is_file(path) and (has_suffix or absolute)) or (has_suffix and absolute and len(path.parts) > 1)

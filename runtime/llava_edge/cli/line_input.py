@@ -49,11 +49,12 @@ def _read(typed: bool) -> str:
 
 def _read_one(typed: bool, prompt: str) -> str:
     try:
-        if typed and sys.stdout.isatty():
+        if not typed:
+            return _read_piped()
+        if sys.stdout.isatty():
             return input(prompt)
-        if typed:  # answers go to a file; input() would put the prompt there too
-            sys.stderr.write(prompt)
-            sys.stderr.flush()
+        sys.stderr.write(prompt)  # answers go to a file; input() would put the prompt there too
+        sys.stderr.flush()
         return input()
     except UnicodeDecodeError:
         raise InputError("the line is not valid text") from None
@@ -61,6 +62,14 @@ def _read_one(typed: bool, prompt: str) -> str:
         if typed:
             terminal.note("")
         raise
+
+
+def _read_piped() -> str:
+    """One line, decoded alone: text that is decoded in blocks would take the lines beside a bad one with it."""
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return line.decode(sys.stdin.encoding).rstrip("\r\n")
 
 
 @contextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llava_edge.cli import did_you_mean, line_input, terminal, transcript
-from llava_edge.cli.chat import checked_text
-from llava_edge.cli.dropped import picture_path, split_pictures
+from llava_edge.cli.chat import checked_text, context_is_full
+from llava_edge.cli.dropped import picture_path, split_pictures, unquoted
 from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.paths import exists
 from llava_edge.types import Reply, SamplingParams
 
 if TYPE_CHECKING:
@@ -95,8 +97,12 @@ class Repl:
             "/settings": self.show_or_set,
         }
 
-    def run(self, images: Sequence[Path] = ()) -> None:
-        """Add the pictures of the command line, then answer line by line."""
+    def run(self, images: Sequence[Path] = ()) -> int:
+        """Add the pictures of the command line, then answer line by line.
+
+        Returns the exit code: 1 if a line failed that nobody has typed, and so perhaps nobody has seen fail.
+        """
+        failed = False
         for path in images:
             self.session.add_image(path)
         self.session.read_ahead()
@@ -108,10 +114,11 @@ class Repl:
                 try:
                     self.line(read_line())
                 except EOFError:
-                    return
+                    return int(failed and not sys.stdin.isatty())
                 except KeyboardInterrupt:
                     terminal.note("")
                 except LlavaEdgeError as error:
+                    failed = True
                     terminal.error(str(error), error.hint)
 
     def line(self, line: str) -> None:
@@ -162,7 +169,13 @@ class Repl:
     def after(self, reply: Reply) -> None:
         """What is worth saying about a finished answer."""
         if reply.finish_reason == "length" and not self.quiet:
-            terminal.note(f"(cut after {self.settings.max_tokens} tokens; /settings max_tokens allows more)")
+            if context_is_full(reply, self.settings.max_tokens):
+                n_ctx = self.model.describe()["n_ctx"]
+                terminal.note(
+                    f"(cut: the context of {n_ctx} tokens is full; /reset empties it, --n-ctx makes it larger)"
+                )
+            else:
+                terminal.note(f"(cut after {self.settings.max_tokens} tokens; /settings max_tokens allows more)")
         if self.settings.stats:
             terminal.note(terminal.stats(reply))
 
@@ -170,7 +183,7 @@ class Repl:
         """``/image FILE...``; a name with spaces needs no quotes if it is the only one."""
         if not rest:
             raise InputError("/image needs a file", hint="For example: /image cat.jpg")
-        if Path(rest).expanduser().exists():
+        if exists(picture_path(rest)):
             words = [rest]
         else:
             try:
@@ -195,8 +208,8 @@ class Repl:
         """``/save FILE``; only a file of this conversation is replaced."""
         if not rest:
             raise InputError("/save needs a file", hint="For example: /save talk.md")
-        path = picture_path(rest).absolute()
-        if path.exists() and path not in self.saved:
+        path = picture_path(unquoted(rest)).absolute()
+        if exists(path) and path not in self.saved:
             raise InputError(f"{path} exists", hint="Choose another name.")
         record = {"model": self.model.name, "system": self.system, "settings": self.settings.values()}
         transcript.save(path, record, self.session.turns)

@@ -18,6 +18,8 @@ _WHO = {"user": "You", "assistant": "Answer"}
 def save(path: Path, record: dict[str, Any], turns: Iterable[Turn]) -> None:
     """Write turns of (role, text, names of pictures) and what they were made with; whole or not at all.
 
+    A picture's name that is no text has its odd bytes as ``\\udcff``.
+
     Raises
     ------
     InputError
@@ -32,8 +34,8 @@ def save(path: Path, record: dict[str, Any], turns: Iterable[Turn]) -> None:
         raise InputError(f"can't save as {path.name}: the format is not known", hint="Use a name with .md or .json.")
     try:
         _write(path, text)
-    except OSError as error:
-        raise InputError(f"can't write {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"can't write {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def as_json(record: dict[str, Any], turns: Iterable[Turn]) -> str:
@@ -58,7 +60,7 @@ def as_markdown(record: dict[str, Any], turns: Iterable[Turn]) -> str:
 def _write(path: Path, text: str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

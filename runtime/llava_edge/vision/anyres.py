@@ -67,6 +67,26 @@ def split(image: Image.Image, spec: ImageSpec) -> tuple[list[Image.Image], Layou
     return [whole, *tiles], Layout(height // side, width // side, image.size, spec.max_tiles)
 
 
+def most_tokens(spec: ImageSpec, cells: tuple[int, int]) -> int:
+    """Tokens of the largest picture that fills its tiles, with ``cells`` = R x C of each."""
+    most = 0
+    for width, height in spec.grid:
+        rows, columns = height // spec.size * cells[0], width // spec.size * cells[1]
+        if spec.max_tiles:
+            rows, columns = _shrunk_size(rows, columns, spec.max_tiles * cells[0] * cells[1])
+        most = max(most, rows * (columns + 1))  # newline too
+    return cells[0] * cells[1] + most
+
+
+def most_parts(spec: ImageSpec) -> float:
+    """How many times the parts of a picture of ``spec.size`` the picture of most tiles has."""
+
+    def parts(resolution: tuple[int, int]) -> int:
+        return 1 + resolution[0] * resolution[1] // spec.size**2
+
+    return max(map(parts, spec.grid)) / parts(best_fit((spec.size, spec.size), spec.grid))
+
+
 def assemble(
     parts: Sequence[NDArray[np.float32]], cells: tuple[int, int], layout: Layout, newline: NDArray[np.float32]
 ) -> NDArray[np.float32]:
@@ -123,13 +143,19 @@ def _unpadded(field: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.f
 
 
 def _shrunk(field: NDArray[np.float32], room: int) -> NDArray[np.float32]:
-    """The field ``[R, C, D]`` with about ``room`` cells, as transformers counts them; a tenth too many a side stay."""
-    rows, columns = field.shape[:2]
+    """The field ``[R, C, D]`` with about ``room`` cells."""
+    rows, columns = _shrunk_size(field.shape[0], field.shape[1], room)
+    if (rows, columns) == field.shape[:2]:
+        return field
+    return _resampled(_resampled(field, rows, 0), columns, 1)
+
+
+def _shrunk_size(rows: int, columns: int, room: int) -> tuple[int, int]:
+    """Rows and columns with about ``room`` cells, as transformers counts them; a tenth too many a side stay."""
     ratio = math.sqrt(rows * columns / room)
     if ratio <= _TOLERANCE:
-        return field
-    rows, columns = max(1, int(rows // ratio)), max(1, int(columns // ratio))
-    return _resampled(_resampled(field, rows, 0), columns, 1)
+        return rows, columns
+    return max(1, int(rows // ratio)), max(1, int(columns // ratio))
 
 
 def _resampled(field: NDArray[np.float32], count: int, axis: int) -> NDArray[np.float32]:

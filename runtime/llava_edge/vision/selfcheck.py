@@ -14,7 +14,7 @@ import numpy as np
 from llava_edge import native
 from llava_edge.bundle import probe_picture
 from llava_edge.errors import ModelError
-from llava_edge.paths import cache_dir
+from llava_edge.paths import cache_dir, exists
 from llava_edge.vision import native as native_library
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def check(encoder: VisionEncoder, bundle: Bundle, role: Role, backend: str) -> f
     if probe is None:
         return None
     mark = cache_dir() / "checks" / f"{_fingerprint(bundle, role, backend)}.passed"
-    if mark.exists():
+    if exists(mark):
         return None
     (embeddings,) = encoder.encode([probe_picture(bundle.manifest.image.size)])
     cosine = mean_cosine(embeddings, probe)
