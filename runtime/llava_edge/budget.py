@@ -25,6 +25,10 @@ _TEXT_TOKENS = 32  # of a short question and what stands around it
 _TRIAL_TOKENS = 64
 
 
+class BudgetError(InputError):
+    """No first token within the time that was asked for."""
+
+
 @dataclass(frozen=True)
 class Pace:
     """What a model takes on this machine: for the tower, once a picture, and for a token of the prompt."""
@@ -56,18 +60,22 @@ def choose(pace: Pace, sizes: Mapping[int, int], seconds: float) -> int:
 
     Raises
     ------
-    InputError
+    BudgetError
         Even the fewest are too many; it says what can be had.
     """
     times = {count: pace.first_token(sizes[count]) for count in sorted(sizes)}
     for count in reversed(times):
         if times[count] <= seconds:
             return count
-    listed = ", ".join(f"{count} tokens {time:.2g} s" for count, time in times.items())
-    raise InputError(
+    listed = ", ".join(f"{count} tokens {_shown(time)} s" for count, time in times.items())
+    raise BudgetError(
         f"no first token within {seconds:g} s on this machine; a picture of {listed}",
-        hint=f"Give a budget from {min(times.values()) * 1.05:.2g} s on, or a smaller model.",
+        hint=f"Give a budget from {_shown(min(times.values()) * 1.05)} s on, or a smaller model.",
     )
+
+
+def _shown(seconds: float) -> str:
+    return f"{seconds:.2g}" if seconds < 99.5 else f"{seconds:.0f}"
 
 
 def pace_of(model: Model) -> Pace:

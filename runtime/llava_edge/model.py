@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from llava_edge import images
-from llava_edge.budget import DEFAULT_SECONDS, choose, largest_pictures, pace_of
+from llava_edge.budget import DEFAULT_SECONDS, BudgetError, choose, largest_pictures, pace_of
 from llava_edge.bundle import Bundle
 from llava_edge.cache import DiskCache
 from llava_edge.engine import Engine
@@ -145,7 +145,7 @@ def load(
     try:
         made = Model(engine, parts, started, DiskCache() if cache else None, image_reduction)
         if auto:
-            made.choose_image_tokens(DEFAULT_SECONDS if ttft_budget is None else ttft_budget)
+            made.choose_image_tokens(ttft_budget)
         return made
     except BaseException:
         (made or engine).close()
@@ -329,15 +329,23 @@ class Model:
         """The same, by the tower, whatever is known of the picture."""
         return self._encode(picture, picture.key, self.image_tokens)
 
-    def choose_image_tokens(self, seconds: float) -> None:
+    def choose_image_tokens(self, seconds: float | None = None) -> None:
         """Take the most tokens a picture that the model has learnt and this machine reads in time.
 
+        Without a budget that time is 3 seconds, and the fewest where even they take longer.
         A picture that looks like a page of text keeps more, up to three quarters of the context, whatever that takes.
         """
         tokens = self.visual_tokens
         if tokens is None:
             raise InputError("image_tokens needs a bundle, whose manifest tells the grid of the picture's tokens")
-        self.image_tokens = choose(pace_of(self), largest_pictures(self, tokens), seconds)
+        sizes = largest_pictures(self, tokens)
+        try:
+            self.image_tokens = choose(pace_of(self), sizes, DEFAULT_SECONDS if seconds is None else seconds)
+        except BudgetError as error:
+            if seconds is not None:
+                raise
+            log.warning("%s; taking the fewest", error)
+            self.image_tokens = min(sizes)
         self.pages_whole = True
         self.forget()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,9 @@ def test_auto_takes_what_is_read_in_time(tiny_bundle: Path, pictures: list[Path]
         llava_edge.load(tiny_bundle, ttft_budget=1e-9, **options)
 
 
-def test_the_pace_is_measured_once(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pace_is_measured_once(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("LLAVA_EDGE_HOME", str(tmp_path))
     monkeypatch.delenv(LIMIT_VARIABLE)
     with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=256) as model:
@@ -55,8 +58,15 @@ def test_the_pace_is_measured_once(tiny_bundle: Path, tmp_path: Path, monkeypatc
             f"pace of {model.backend}", json.dumps({"encode_seconds": 50.0, "token_seconds": 1.0})
         )
     assert DiskCache().usage()["facts"].entries == 1
-    with pytest.raises(InputError, match=r"a picture of 4 tokens 86 s, 16 tokens 98 s"):
-        llava_edge.load(tiny_bundle, n_threads=1, n_ctx=256, image_tokens="auto")
+    slow = r"no first token within %s s on this machine; a picture of 4 tokens 86 s, 16 tokens 98 s"
+    with pytest.raises(InputError, match=slow % 3):
+        llava_edge.load(tiny_bundle, n_threads=1, n_ctx=256, image_tokens="auto", ttft_budget=3)
+    with (
+        caplog.at_level("WARNING"),  # nobody asked for three seconds
+        llava_edge.load(tiny_bundle, n_threads=1, n_ctx=256, image_tokens="auto") as model,
+    ):
+        assert model.image_tokens == 4
+    assert re.search(slow % 3 + "; taking the fewest", caplog.text)
 
 
 @pytest.fixture
@@ -84,8 +94,8 @@ def test_every_tile_takes_its_time(tiled: Path, tmp_path: Path, monkeypatch: pyt
         fact = {"encode_seconds": 2.0, "token_seconds": 1.0}  # of the probe, which is a picture of one tile
         model.remembered.keep_fact(f"pace of {model.backend}", json.dumps(fact))
         assert pace_of(model) == Pace(17.0, 1.0)
-    with pytest.raises(InputError, match=r"a picture of 4 tokens 1.2e\+02 s, 16 tokens 3.4e\+02 s"):
-        llava_edge.load(tiled, n_threads=1, n_ctx=512, image_tokens="auto")
+    with pytest.raises(InputError, match=r"a picture of 4 tokens 125 s, 16 tokens 337 s"):
+        llava_edge.load(tiled, n_threads=1, n_ctx=512, image_tokens="auto", ttft_budget=3)
 
 
 @pytest.mark.parametrize(
