@@ -20,7 +20,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,13 +33,17 @@ from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.vision.mtmd import MtmdEncoder
 from llava_edge.vision.native import NativeEncoder
 
-_READERS = {"mtmd": MtmdEncoder, "native": NativeEncoder}
+if TYPE_CHECKING:
+    from PIL import Image
+
+Reader = MtmdEncoder | NativeEncoder
+_READERS: dict[str, type[Reader]] = {"mtmd": MtmdEncoder, "native": NativeEncoder}
 
 
 def compare(shape: Shape, names: tuple[str, str], *, pairs: int, threads: int, root: Path) -> dict[str, Any]:
     """Encode the probe picture with two readers, each named ``READER:TYPE``, in turn."""
     with ExitStack() as stack:
-        readers = []
+        readers: list[Reader] = []
         for number, name in enumerate(names):
             reader, _, kind = name.partition(":")
             if reader not in _READERS or kind not in MMPROJ_TYPES:
@@ -64,7 +68,7 @@ def compare(shape: Shape, names: tuple[str, str], *, pairs: int, threads: int, r
     return {**result, "ratio": ratio, "cosine": {"mean": float(cosines.mean()), "least": float(cosines.min())}}
 
 
-def _seconds(reader: MtmdEncoder | NativeEncoder, picture: Any) -> float:
+def _seconds(reader: Reader, picture: Image.Image) -> float:
     start = time.perf_counter()
     reader.encode([picture])
     return time.perf_counter() - start
