@@ -1,7 +1,6 @@
 #include "q8_linear.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include <ggml.h>
@@ -84,8 +83,9 @@ TARGET_AVX2 void quantize_row(const float * x, int64_t in, Activation activation
         }
         const float least = reduced(_mm256_min_ps(_mm256_min_ps(v[0], v[1]), _mm256_min_ps(v[2], v[3])),
                                     [](__m128 a, __m128 b) TARGET_AVX2 { return _mm_min_ps(a, b); });
-        const float range = reduced(_mm256_max_ps(_mm256_max_ps(v[0], v[1]), _mm256_max_ps(v[2], v[3])),
-                                    [](__m128 a, __m128 b) TARGET_AVX2 { return _mm_max_ps(a, b); }) - least;
+        const float most  = reduced(_mm256_max_ps(_mm256_max_ps(v[0], v[1]), _mm256_max_ps(v[2], v[3])),
+                                    [](__m128 a, __m128 b) TARGET_AVX2 { return _mm_max_ps(a, b); });
+        const float range = most - least;
         const float sum     = reduced(_mm256_add_ps(_mm256_add_ps(v[0], v[1]), _mm256_add_ps(v[2], v[3])),
                                       [](__m128 a, __m128 b) TARGET_AVX2 { return _mm_add_ps(a, b); });
         const float step[2] = { range / MOST, least + 0.0f * sum };  // not a number if one of them is none, or infinite
