@@ -115,16 +115,9 @@ def load(
         No such model, a damaged file, or parts that don't belong together.
     """
     started = time.perf_counter()
+    _check_numbers(n_ctx=n_ctx, n_threads=n_threads, n_seq_max=n_seq_max)
+    _check_picture_options(image_tokens, ttft_budget)
     fixed = None if isinstance(image_tokens, str) else image_tokens
-    counts = {"n_ctx": n_ctx, "n_threads": n_threads, "image_tokens": fixed, "n_seq_max": n_seq_max}
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise InputError(f"{name} is {value}; expected 1 or more")
-    if ttft_budget is not None and (image_tokens not in (None, "auto") or ttft_budget <= 0):
-        what = f"ttft_budget is {ttft_budget}" if ttft_budget <= 0 else f"image_tokens is {image_tokens}"
-        raise InputError(f"{what}; a budget is above 0 and chooses image_tokens itself")
-    if isinstance(image_tokens, str) and image_tokens != "auto":
-        raise InputError(f"image_tokens is {image_tokens!r}; expected a number or 'auto'")
     auto = image_tokens == "auto" or ttft_budget is not None
     if verbose:
         logging.getLogger("llava_edge").setLevel(logging.DEBUG)
@@ -150,6 +143,22 @@ def load(
     except BaseException:
         (made or engine).close()
         raise
+
+
+def _check_numbers(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; expected 1 or more")
+
+
+def _check_picture_options(image_tokens: int | Literal["auto"] | None, ttft_budget: float | None) -> None:
+    if not isinstance(image_tokens, str):
+        _check_numbers(image_tokens=image_tokens)
+    if ttft_budget is not None and (image_tokens not in (None, "auto") or ttft_budget <= 0):
+        what = f"ttft_budget is {ttft_budget}" if ttft_budget <= 0 else f"image_tokens is {image_tokens}"
+        raise InputError(f"{what}; a budget is above 0 and chooses image_tokens itself")
+    if isinstance(image_tokens, str) and image_tokens != "auto":
+        raise InputError(f"image_tokens is {image_tokens!r}; expected a number or 'auto'")
 
 
 @dataclass(frozen=True)

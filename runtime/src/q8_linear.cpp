@@ -47,7 +47,7 @@ template <typename F> TARGET_AVX2 float reduced(__m256 v, F both) {
     return _mm_cvtss_f32(both(m, _mm_movehdup_ps(m)));
 }
 
-// e^x to a few units of the last place; x is at most 87.
+// e^x for x of at most 87; below -87 that of -87.
 TARGET_AVX2 __m256 exponential(__m256 x) {
     x               = _mm256_max_ps(x, _mm256_set1_ps(-87.0f));
     const __m256 n  = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -60,7 +60,7 @@ TARGET_AVX2 __m256 exponential(__m256 x) {
     return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
 }
 
-// x / (1 + e^-k): the two approximations of GELU differ in k.
+// x / (1 + e^(-k x)): the two approximations of GELU differ in k.
 TARGET_AVX2 __m256 activated(__m256 x, Activation activation) {
     __m256 k = _mm256_set1_ps(1.702f);
     if (activation == Activation::Gelu) {  // by the hyperbolic tangent: sqrt(8 / pi) (1 + 0.044715 x^2)
