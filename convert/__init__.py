@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ def convert_checkpoint(
     mmproj_type: str = "Q8_0",
     vision: str = "auto",
     imatrix: Path | None = None,
+    tensor_types: Mapping[str, str] | None = None,
     verify: bool = True,
     force: bool = False,
     prompt: str | None = None,
@@ -40,6 +41,9 @@ def convert_checkpoint(
         tower and ``none`` elsewhere.
     imatrix
         An importance matrix for the language model, as ``llava-edge imatrix`` writes it.
+    tensor_types
+        Other types for single tensors of the language model: a regular expression that is looked for in their names,
+        and a type such as ``Q8_0``. The first that is found counts.
     verify
         Measure every file against the checkpoint and fail below the limits. Without it the manifest's ``parity`` is
         null.
@@ -72,7 +76,8 @@ def convert_checkpoint(
     from llava_edge.convert.pipeline import Conversion, Plan
 
     options = Options(prompt, vision_tower, base)
-    plan = Plan(Path(checkpoint), Path(output), llm_type, mmproj_type, vision, imatrix, verify, force, options)
+    where, own = (Path(checkpoint), Path(output)), tensor_types or {}
+    plan = Plan(*where, llm_type, mmproj_type, vision, imatrix, own, verify, force, options)
     return Conversion(plan, progress).run()
 
 
@@ -84,6 +89,7 @@ def quantize_bundle(
     mmproj_type: str | None = None,
     vision: str | None = None,
     imatrix: Path | None = None,
+    tensor_types: Mapping[str, str] | None = None,
     verify: bool = True,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
@@ -100,6 +106,8 @@ def quantize_bundle(
         Types of the new files; None leaves one as it is, and ``none`` for ``vision`` leaves it out.
     imatrix
         An importance matrix for the language model.
+    tensor_types
+        Other types for single tensors of the language model, as in :func:`convert_checkpoint`.
     verify
         Compare the new files with the old ones, and fail where they are too far apart.
     force
@@ -122,7 +130,8 @@ def quantize_bundle(
     """
     from llava_edge.convert.shrink import Quantization, QuantizePlan
 
-    plan = QuantizePlan(Path(bundle), Path(output), llm_type, mmproj_type, vision, imatrix, verify, force)
+    where, own = (Path(bundle), Path(output)), tensor_types or {}
+    plan = QuantizePlan(*where, llm_type, mmproj_type, vision, imatrix, own, verify, force)
     return Quantization(plan, progress).run()
 
 

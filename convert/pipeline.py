@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,15 @@ from llava_edge.bundle import MANIFEST_NAME, Backend, BundleFile, Manifest, Prob
 from llava_edge.convert import publish
 from llava_edge.convert.checkpoint import Checkpoint, Options, open_checkpoint
 from llava_edge.convert.memory import release
-from llava_edge.convert.quantize import LLM_TYPES, MMPROJ_TYPES, Quantized, check_type, describe, quantize
+from llava_edge.convert.quantize import (
+    LLM_TYPES,
+    MMPROJ_TYPES,
+    Quantized,
+    check_tensor_types,
+    check_type,
+    describe,
+    quantize,
+)
 from llava_edge.errors import InputError, ParityError
 from llava_edge.quant_types import VISION_TYPES
 
@@ -42,6 +50,7 @@ class Plan:
     mmproj_type: str = "Q8_0"
     vision: str = "auto"
     imatrix: Path | None = None
+    tensor_types: Mapping[str, str] = field(default_factory=dict)
     verify: bool = True
     force: bool = False
     options: Options = field(default_factory=Options)
@@ -49,6 +58,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "llm_type", check_type(self.llm_type, LLM_TYPES))
         object.__setattr__(self, "mmproj_type", check_type(self.mmproj_type, MMPROJ_TYPES))
+        object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types, self.llm_type))
         object.__setattr__(self, "vision", check_type(self.vision, ("auto", *VISION_TYPES)))
 
 
@@ -222,8 +232,13 @@ class _Work:
 
             quantize_onnx(source, target)
             return _onnx_file(target, type_name)
-        imatrix = self._plan.imatrix if role == "llm" else None
-        return quantize(source, target, type_name, threads=native.default_threads(), imatrix=imatrix)
+        threads = native.default_threads()
+        if role == "mmproj":
+            return quantize(source, target, type_name, threads=threads)
+        plan = self._plan
+        return quantize(
+            source, target, type_name, threads=threads, imatrix=plan.imatrix, tensor_types=plan.tensor_types
+        )
 
     def _remove_floats(self) -> None:
         for role in self._types:

@@ -6,7 +6,7 @@ import ctypes
 import difflib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from llava_edge import native
-from llava_edge.convert.gguf_file import tensor_types
+from llava_edge.convert.gguf_file import tensor_types as types_of_tensors
 from llava_edge.errors import InputError, ModelError
 from llava_edge.quant_types import LLM_TYPES, MMPROJ_TYPES
 
@@ -22,12 +22,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LLM_TYPES", "MMPROJ_TYPES", "Quantized", "check_type", "describe", "quantize"]
+__all__ = ["LLM_TYPES", "MMPROJ_TYPES", "Quantized", "check_tensor_types", "check_type", "describe", "quantize"]
 
 # K-quants pack 256 values of a row; where rows are no multiple of that, llama.cpp falls back tensor by tensor.
 _BLOCK = 256
-_FLOATS = ("F32", "F16", "BF16")
 _PROGRESS = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
+# What a single tensor may be made of: llama.cpp's types, and those that its mixtures consist of.
+_FLOATS = ("F32", "F16", "BF16")
+_TENSOR_TYPES = (
+    *_FLOATS,
+    *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"),
+)
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,27 @@ def check_type(name: str, choices: Iterable[str]) -> str:
     raise InputError(f"{name!r} is no type for this file; expected one of {', '.join(known.values())}", hint=hint)
 
 
+def check_tensor_types(given: Mapping[str, str], type_name: str) -> dict[str, str]:
+    """Types of single tensors by regular expressions for their names, with the types as llama.cpp spells them.
+
+    InputError for what is no expression or no type, and where ``type_name`` says that nothing is quantised.
+    """
+    if given and type_name in _FLOATS:
+        raise InputError(
+            f"{type_name} quantises nothing, and {', '.join(given)} can have no other type",
+            hint=f"Give a type such as Q8_0 in place of {type_name}.",
+        )
+    for pattern in given:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(
+                f"{pattern!r} is no regular expression for tensors' names: {error}",
+                hint=r"Give one such as ffn_down, token_embd or blk\.[0-3]\.attn_v.",
+            ) from None
+    return {pattern: check_type(kind, _TENSOR_TYPES) for pattern, kind in given.items()}
+
+
 def file_type(name: str) -> gguf.LlamaFileType:
     """What a GGUF file's header says of its types."""
     found: gguf.LlamaFileType = getattr(gguf.LlamaFileType, "ALL_F32" if name == "F32" else f"MOSTLY_{name}")
@@ -63,22 +89,24 @@ def quantize(
     *,
     threads: int = 2,
     imatrix: Path | None = None,
+    tensor_types: Mapping[str, str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Quantized:
     """Write ``source`` (a GGUF of floats) to ``target`` as ``type_name``, an element of ``LLM_TYPES``.
 
-    ``imatrix`` is a file with an importance matrix; ``progress`` hears the number of tensors done and of all.
+    ``imatrix`` is a file with an importance matrix. ``tensor_types`` has other types for the tensors in whose name
+    a key is found, as a regular expression; the first that is counts. ``progress`` hears the number of tensors done
+    and of all.
     """
     library = native.llama()
     params = library.llama_model_quantize_default_params()
     params.nthread = threads
     params.ftype = int(file_type(type_name))
-    if type_name in ("Q4_K_M", "Q4_K_S") and not _word_embeddings_fit(source):
-        # llama.cpp would take Q8_0 for a table that is a fifth of a small model and loses nothing by 5 bits.
-        params.token_embedding_type = int(gguf.GGMLQuantizationType.Q5_0)
     if imatrix is not None:
         kept = _imatrix_array(library, imatrix, source)
         params.imatrix = kept[0]
+    if tensor_types:
+        params.tt_overrides = _overrides(library, check_tensor_types(tensor_types, type_name), source)
 
     def tell(line: str) -> None:
         if progress and (found := _PROGRESS.search(line)):
@@ -90,17 +118,25 @@ def quantize(
     if status != 0:
         why = "; ".join(native.errors()) or "it says nothing"
         raise ModelError(f"llama.cpp could not quantise {source.name} to {type_name}: {why}")
-    return describe(target, type_name)
+    return describe(target, type_name, tensor_types or ())
 
 
-def describe(path: Path, type_name: str) -> Quantized:
-    """Count the tensors of a file by type, and those that fell back from ``type_name``."""
-    types = tensor_types(path)
+def describe(path: Path, type_name: str, chosen: Iterable[str] = ()) -> Quantized:
+    """Count the tensors of a file by type, and those that fell back from ``type_name``.
+
+    Those that an expression in ``chosen`` finds have a type of their own.
+    """
+    own = tuple(chosen)
+    types = types_of_tensors(path)
     block = _BLOCK if "_K" in type_name else 32
     fallbacks = [
         name
         for name, (kind, shape) in types.items()
-        if type_name not in _FLOATS and kind not in ("F32", "BF16") and shape[0] % block and not _is_table(name)
+        if type_name not in _FLOATS
+        and kind not in ("F32", "BF16")
+        and shape[0] % block
+        and not _is_table(name)
+        and not any(re.search(pattern, name) for pattern in own)
     ]
     counts = Counter(kind for kind, _ in types.values())
     return Quantized(type_name, path.stat().st_size, len(fallbacks), dict(sorted(counts.items())))
@@ -111,7 +147,7 @@ def _imatrix_array(library: Any, path: Path, source: Path) -> tuple[Any, list[ND
     from llava_edge.convert.imatrix_file import read_imatrix
 
     matrix = read_imatrix(path)
-    shapes = {name: shape for name, (_, shape) in tensor_types(source).items()}
+    shapes = {name: shape for name, (_, shape) in types_of_tensors(source).items()}
     for name, values in matrix.items():
         if name in shapes and shapes[name][0] != len(values):
             raise InputError(
@@ -128,10 +164,24 @@ def _imatrix_array(library: Any, path: Path, source: Path) -> tuple[Any, list[ND
     return entries, list(matrix.values())
 
 
+def _overrides(library: Any, types: Mapping[str, str], source: Path) -> Any:
+    """llama.cpp's list of ``{pattern, type}`` that ends in NULL."""
+    names = list(types_of_tensors(source))
+    for pattern in types:
+        if not any(re.search(pattern, name) for name in names):
+            raise InputError(
+                f"{source.name} has no tensor with {pattern} in its name", hint=f"It has, among others, {_some(names)}."
+            )
+    entries = (library.llama_model_tensor_override * (len(types) + 1))()
+    for entry, (pattern, kind) in zip(entries, types.items(), strict=False):
+        entry.pattern = pattern.encode()
+        entry.type = int(gguf.GGMLQuantizationType[kind])
+    return entries
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.split(".")[-2] for name in names if name.endswith(".weight")}))
+
+
 def _is_table(name: str) -> bool:
     return name == "token_embd.weight"
-
-
-def _word_embeddings_fit(path: Path) -> bool:
-    _, shape = tensor_types(path).get("token_embd.weight", ("", (0,)))
-    return shape[0] % _BLOCK == 0

@@ -6,8 +6,8 @@ import copy
 import logging
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,15 @@ from llava_edge import native
 from llava_edge.bundle import MANIFEST_NAME, BundleFile, Manifest, Role, probe_picture, resolve_model, sha256_file
 from llava_edge.convert import publish
 from llava_edge.convert.parity import mtmd_defect
-from llava_edge.convert.quantize import LLM_TYPES, MMPROJ_TYPES, Quantized, check_type, describe, quantize
+from llava_edge.convert.quantize import (
+    LLM_TYPES,
+    MMPROJ_TYPES,
+    Quantized,
+    check_tensor_types,
+    check_type,
+    describe,
+    quantize,
+)
 from llava_edge.errors import InputError, ParityError
 from llava_edge.quant_types import VISION_TYPES
 
@@ -39,6 +47,7 @@ class QuantizePlan:
     mmproj_type: str | None = None
     vision: str | None = None
     imatrix: Path | None = None
+    tensor_types: Mapping[str, str] = field(default_factory=dict)
     verify: bool = True
     force: bool = False
 
@@ -85,6 +94,7 @@ class Quantization:
         """The type of every file of the new bundle; InputError for what can't be made of what is there."""
         plan = self._plan
         wanted: dict[Role, str] = {"llm": check_type(plan.llm_type, LLM_TYPES)}
+        check_tensor_types(plan.tensor_types, wanted["llm"])
         if plan.mmproj_type is not None:
             wanted["mmproj"] = check_type(plan.mmproj_type, MMPROJ_TYPES)
         if plan.vision is not None:
@@ -129,9 +139,18 @@ class Quantization:
 
             quantize_onnx(source, target)
             return _onnx(target, type_name)
-        imatrix = self._plan.imatrix if role == "llm" else None
-        threads = native.default_threads()
-        return quantize(source, target, type_name, threads=threads, imatrix=imatrix, progress=self._counter("tensors"))
+        plan, threads, tell = self._plan, native.default_threads(), self._counter("tensors")
+        if role == "mmproj":
+            return quantize(source, target, type_name, threads=threads, progress=tell)
+        return quantize(
+            source,
+            target,
+            type_name,
+            threads=threads,
+            imatrix=plan.imatrix,
+            tensor_types=plan.tensor_types,
+            progress=tell,
+        )
 
     def _counter(self, unit: str) -> Callable[[int, int], None]:
         last = time.monotonic()

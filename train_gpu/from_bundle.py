@@ -1,9 +1,12 @@
 """A checkpoint to train on from a bundle that was shipped: ``python -m llava_edge.train_gpu.from_bundle --help``.
 
 Bundles hold quantised GGUF files, which nothing can train. Here their values become a LLaVA checkpoint again, for a
-further stage on somebody's own pictures, or as the full-precision reference of a bundle whose checkpoint is gone. What
-quantisation took away stays away. The values lie on the grid of the bundle's type: what a short training changes is
-lost if the result is quantised to the same type again, so take Q8_0 for it.
+further stage on somebody's own pictures, or as the full-precision reference of a bundle whose checkpoint is gone. The
+values lie on the grid of the bundle's type: what a short training changes is lost if the result is quantised to the
+same type again, so take Q8_0 for it, or give ``--base``.
+
+With the checkpoint that a LoRA was trained on, most of what quantisation did to the language model can be undone: what
+LoRA changed in a matrix has a low rank, and the rounding, which has none, is seen in the singular values beyond it.
 """
 
 from __future__ import annotations
@@ -60,6 +63,51 @@ def model_from_bundle(bundle: Bundle) -> tuple[LlavaForConditionalGeneration, Pr
     return model, tokenizer
 
 
+@torch.no_grad()
+def undo_rounding(model: LlavaForConditionalGeneration, base: LlavaForConditionalGeneration, rank: int) -> float:
+    """Put ``base``, and what LoRA of at most ``rank`` changed in it, in place of the quantised language model.
+
+    Singular values of the difference are shrunk as is best for a matrix in white noise (Gavish and Donoho, Optimal
+    Shrinkage of Singular Values, 2017, Frobenius loss); the noise is what the difference has beyond ``rank``.
+
+    Returns
+    -------
+    float
+        The mean rank of what was kept.
+
+    Raises
+    ------
+    InputError
+        ``base`` has a language model of another shape.
+    """
+    old, new = base.model.language_model.state_dict(), model.model.language_model.state_dict()
+    if {name: t.shape for name, t in old.items()} != {name: t.shape for name, t in new.items()}:
+        raise InputError(
+            "the base's language model has another shape", hint="Give the one that the LoRA was trained on."
+        )
+    ranks = []
+    for name, matrix in old.items():
+        if name.endswith("_proj.weight"):
+            u, values, v = torch.linalg.svd((new[name] - matrix).float(), full_matrices=False)
+            if len(values) <= rank:
+                raise InputError(f"{name} has rank {len(values)}: a LoRA of rank {rank} leaves no rounding to measure")
+            free = (matrix.shape[0] - rank) * (matrix.shape[1] - rank)
+            noise = float(values[rank:].norm()) * (max(matrix.shape) / free) ** 0.5
+            shrunk = _shrink(values[:rank], noise, min(matrix.shape) / max(matrix.shape))
+            ranks.append(int((shrunk > 0).sum()))
+            matrix += (u[:, :rank] * shrunk) @ v[:rank]
+    model.model.language_model.load_state_dict(old)
+    model.lm_head.load_state_dict(base.lm_head.state_dict())
+    return float(np.mean(ranks))
+
+
+def _shrink(values: torch.Tensor, noise: float, aspect: float) -> torch.Tensor:
+    """Singular values ``[R]`` without noise of this size: an element's, times the root of the longer side."""
+    y = values / noise
+    inside = ((y**2 - aspect - 1) ** 2 - 4 * aspect).clamp(min=0)
+    return torch.where(y > 1 + aspect**0.5, noise * inside.sqrt() / y, 0.0)
+
+
 def _tower(reader: gguf.GGUFReader, tensors: dict[str, torch.Tensor], image_size: int) -> Dinov2Model:
     def key(name: str) -> Any:
         field = reader.get_field(name)
@@ -105,12 +153,28 @@ def _tower(reader: gguf.GGUFReader, tensors: dict[str, torch.Tensor], image_size
 @click.command()
 @click.argument("name", metavar="BUNDLE")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The checkpoint's folder.")
-def main(name: str, output: Path) -> None:
+@click.option(
+    "--base",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The checkpoint that LoRA was trained on: undo most of the language model's rounding.",
+)
+@click.option(
+    "--lora-rank",
+    type=click.IntRange(1),
+    default=48,
+    show_default=True,
+    help="The sum of the LoRAs' ranks, for --base.",
+)
+def main(name: str, output: Path, base: Path | None, lora_rank: int) -> None:
     """Write BUNDLE, a model's name or a folder, as a checkpoint that `llava-edge train` and `convert` take."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         bundle = resolve_model(name)
         model, tokenizer = model_from_bundle(bundle)
+        if base is not None:
+            start = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+            kept_rank = undo_rounding(model, start, lora_rank)
+            log.info("what training changed has rank %.0f on average", kept_rank)
     except LlavaEdgeError as error:
         raise click.ClickException(f"{error}\n{error.hint}" if error.hint else str(error)) from None
     manifest = json.loads((bundle.directory / MANIFEST_NAME).read_text())

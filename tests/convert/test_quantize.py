@@ -205,6 +205,42 @@ def test_a_matrix_reaches_the_quantiser(exact: Path, data: Path, tmp_path: Path)
     assert (tmp_path / "plain" / "llm-Q4_0.gguf").read_bytes() != (tmp_path / "led" / "llm-Q4_0.gguf").read_bytes()
 
 
+def test_single_tensors_get_the_type_that_was_asked_for(exact: Path, tmp_path: Path) -> None:
+    wanted = {"ffn_down": "q8_0", r"blk\.[12]\.ffn_(up|gate)": "Q5_0", "token_embd": "Q4_0"}
+    report = quantize_bundle(exact, tmp_path / "b", "Q4_0", tensor_types=wanted, verify=False)
+    types = {name: kind for name, (kind, _) in tensor_types(tmp_path / "b" / "llm-Q4_0.gguf").items()}
+    assert [types[f"blk.{layer}.ffn_down.weight"] for layer in range(3)] == ["Q8_0"] * 3, "the first that fits"
+    assert [types[f"blk.{layer}.ffn_up.weight"] for layer in range(3)] == ["Q4_0", "Q5_0", "Q5_0"]
+    assert types["token_embd.weight"] == "Q4_0"
+    assert types["blk.0.attn_q.weight"] == "Q4_0"
+    assert report["files"][0]["fallbacks"] == 0
+
+
+def test_a_tensor_type_that_changes_nothing_is_refused(exact: Path, tmp_path: Path) -> None:
+    def asked(kind: str, **types: str) -> str:
+        with pytest.raises(InputError) as caught:
+            quantize_bundle(exact, tmp_path / "b", kind, tensor_types=types, verify=False)
+        return f"{caught.value}; {caught.value.hint}"
+
+    assert "no tensor with ffn_upp in its name; It has, among others, attn_k" in asked("Q4_0", ffn_upp="Q8_0")
+    assert "'Q9_0' is no type for this file" in asked("Q4_0", ffn_up="Q9_0")
+    assert "'ffn(' is no regular expression for tensors' names: missing )" in asked("Q4_0", **{"ffn(": "Q8_0"})
+    assert "F16 quantises nothing" in asked("F16", ffn_up="Q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_takes_tensor_types(exact: Path, tmp_path: Path) -> None:
+    options = ["--tensor-type", "ffn_up=Q8_0", "--tensor-type", "attn_v=F16", "--no-verify"]
+    done = CliRunner().invoke(cli, ["quantize", str(exact), "Q4_0", "-o", str(tmp_path / "b"), *options])
+    assert done.exit_code == 0, done.output
+    types = tensor_types(tmp_path / "b" / "llm-Q4_0.gguf")
+    assert types["blk.0.ffn_up.weight"][0] == "Q8_0"
+    assert types["blk.0.attn_v.weight"][0] == "F16"
+    done = CliRunner().invoke(cli, ["quantize", str(exact), "Q4_0", "-o", str(tmp_path / "c"), "--tensor-type", "up"])
+    assert done.exit_code == 2
+    assert "expected NAME=TYPE, such as ffn_down=Q6_K" in done.output
+
+
 def test_a_matrix_of_another_model_or_no_matrix_is_refused(exact: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such importance matrix"):
         quantize_bundle(exact, tmp_path / "b", "Q4_0", imatrix=tmp_path / "none.gguf")

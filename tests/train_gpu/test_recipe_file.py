@@ -77,7 +77,7 @@ def test_a_recipe_that_is_not_there_is_answered_with_those_that_are(tmp_path: Pa
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_the_builtin_recipes_can_be_read(name: str) -> None:
     recipe = load_recipe(Path(name))
-    assert (recipe.stage == "finetune") == ("align" not in name and "polish" not in name)
+    assert (recipe.stage == "finetune") == ("align" not in name)
 
 
 def test_the_published_values_of_stage_two() -> None:

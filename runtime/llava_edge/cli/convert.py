@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from llava_edge.cli import debug_option, terminal
+from llava_edge.cli.quantize import llm_options
 from llava_edge.errors import require_extra
 
 PROMPTS = "vicuna_v1, llava_v1, mistral_instruct, chatml, chatml_direct, llama-3, plain."
@@ -26,12 +27,7 @@ PROMPTS = "vicuna_v1, llava_v1, mistral_instruct, chatml, chatml_direct, llama-3
     show_default=True,
     help="The ONNX vision model: fp32, int8, none; auto is int8 where llama.cpp can't run the tower rightly.",
 )
-@click.option(
-    "--imatrix",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="An importance matrix for the LLM, made by `llava-edge imatrix`.",
-)
+@llm_options
 @click.option("--prompt", metavar="NAME", help="The conversation format, if the checkpoint doesn't tell: " + PROMPTS)
 @click.option(
     "--vision-tower",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,44 @@ def types_help() -> str:
     return "\n".join(["\b", "Types of the language model:", *lines])
 
 
+def _pairs(_: click.Context, parameter: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    """``NAME=TYPE``, several times."""
+    pairs = {}
+    for text in given:
+        name, _equals, kind = text.rpartition("=")
+        if not name or not kind:
+            raise click.BadParameter(f"{text!r}; expected NAME=TYPE, such as ffn_down=Q6_K", param=parameter)
+        pairs[name] = kind
+    return pairs
+
+
+def llm_options(command: Any) -> Any:
+    """Add what is said of the language model's quantisation besides its type."""
+    tensor_type = click.option(
+        "--tensor-type",
+        "tensor_types",
+        metavar="NAME=TYPE",
+        multiple=True,
+        callback=_pairs,
+        help="Another type for the LLM's tensors whose name has NAME in it, a regular expression: ffn_down=Q6_K. "
+        "May be given several times; the first that fits counts.",
+    )
+    imatrix = click.option(
+        "--imatrix",
+        metavar="FILE",
+        type=click.Path(path_type=Path),
+        help="An importance matrix for the LLM, made by `llava-edge imatrix`.",
+    )
+    return imatrix(tensor_type(command))
+
+
 @click.command(short_help="Make a bundle smaller.", epilog=types_help())
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("llm_type", metavar="TYPE")
 @click.option("-o", "--output", required=True, metavar="DIR", type=click.Path(path_type=Path), help="The new bundle.")
 @click.option("--mmproj-type", metavar="TYPE", help=f"For the mmproj file: {', '.join(MMPROJ_TYPES)}.")
 @click.option("--vision", metavar="TYPE", help=f"For the ONNX file: {', '.join(VISION_TYPES)}.")
-@click.option(
-    "--imatrix",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="An importance matrix for the LLM, made by `llava-edge imatrix`.",
-)
+@llm_options
 @click.option("--verify/--no-verify", default=True, show_default=True, help="Compare the new files with the old ones.")
 @click.option("--force", is_flag=True, help="Replace the output if it is a bundle already.")
 @click.option("--json", "as_json", is_flag=True, help="Print the whole report as one JSON object.")
