@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 import shutil
 import tarfile
 from pathlib import Path
@@ -22,6 +23,16 @@ from llava_edge.types import ImageSpec
 
 ARCHIVES = ("flickr8k-train", "caltech101-train", "cats-dogs-train", "imagenet-1000")
 FEATURE_LAYERS = (10, 11)
+# Samples of each source that the importance matrix is made of.
+CALIBRATION = {
+    "flickr8k-captions": 120,
+    "flickr8k-short": 120,
+    "flickr8k-facts": 60,
+    "pets": 30,
+    "caltech101": 40,
+    "imagenet": 20,
+    "easy-vqa": 40,
+}
 IMAGE = ImageSpec(
     size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), mode="pad", pad_color=(124, 116, 104)
 )
@@ -82,7 +93,10 @@ def unpack(archives: Path, root: Path) -> None:
               help="Last blocks of the tower to train, here and later (model.tower_blocks).")  # fmt: skip
 @click.option("--seed", default=1, show_default=True)
 def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, tower_blocks: int, seed: int) -> None:
-    """Prepare OUTPUT: pictures, held-out pets, samples.json, features/ and base/. Then run the recipes in OUTPUT."""
+    """Prepare OUTPUT: pictures, held-out pets, samples.json, imatrix.json, features/ and base/.
+
+    Then run the recipes in OUTPUT.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     root = output / "pictures"
     root.mkdir(parents=True, exist_ok=True)
@@ -93,6 +107,9 @@ def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, t
     copy_held_out(root, output / "held-out")
     samples = nano.build(root, archives / "flickr8k-captions.json", seed)
     (output / "samples.json").write_text(json.dumps(samples))
+    rng = random.Random(3)
+    drawn = [sample for source, count in CALIBRATION.items() for sample in rng.sample(samples[source], count)]
+    (output / "imatrix.json").write_text(json.dumps(drawn))
     names = sorted({sample["image"] for source in samples.values() for sample in source})
     logging.info("%d samples of %d pictures", sum(map(len, samples.values())), len(names))
 
