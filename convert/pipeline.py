@@ -23,6 +23,7 @@ from llava_edge.convert.quantize import (
     check_type,
     describe,
     quantize,
+    require_tensors,
 )
 from llava_edge.errors import InputError, ParityError
 from llava_edge.quant_types import VISION_TYPES
@@ -157,6 +158,7 @@ class _Work:
         self._say(f"writing the language model as {self._float}")
         tokenizer = load_tokenizer(checkpoint.tokenizer_directory)
         write_llm(checkpoint, weights, tokenizer, self._float_path("llm"), self._float, self._counter("tensors"))
+        require_tensors(self._float_path("llm"), self._plan.tensor_types)
         release()
         self._say("writing the vision tower")
         write_mmproj(checkpoint, weights, self._float_path("mmproj"))

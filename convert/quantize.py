@@ -22,13 +22,22 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["LLM_TYPES", "MMPROJ_TYPES", "Quantized", "check_tensor_types", "check_type", "describe", "quantize"]
+__all__ = [
+    "LLM_TYPES",
+    "MMPROJ_TYPES",
+    "Quantized",
+    "check_tensor_types",
+    "check_type",
+    "describe",
+    "quantize",
+    "require_tensors",
+]
 
 # K-quants pack 256 values of a row; where rows are no multiple of that, llama.cpp falls back tensor by tensor.
 _BLOCK = 256
 _PROGRESS = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
-# What a single tensor may be made of: llama.cpp's types, and those that its mixtures consist of.
 _FLOATS = ("F32", "F16", "BF16")
+# What a single tensor may be made of: llama.cpp's types, and those that its mixtures consist of.
 _TENSOR_TYPES = (
     *_FLOATS,
     *("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K", "Q2_K"),
@@ -76,6 +85,18 @@ def check_tensor_types(given: Mapping[str, str], type_name: str) -> dict[str, st
     return {pattern: check_type(kind, _TENSOR_TYPES) for pattern, kind in given.items()}
 
 
+def require_tensors(source: Path, patterns: Iterable[str]) -> None:
+    """InputError where one of the expressions is found in no tensor's name."""
+    names = list(types_of_tensors(source))
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            some = sorted({name.split(".")[-2] for name in names if name.endswith(".weight")})
+            raise InputError(
+                f"{source.name} has no tensor with {pattern} in its name",
+                hint=f"It has, among others, {', '.join(some)}.",
+            )
+
+
 def file_type(name: str) -> gguf.LlamaFileType:
     """What a GGUF file's header says of its types."""
     found: gguf.LlamaFileType = getattr(gguf.LlamaFileType, "ALL_F32" if name == "F32" else f"MOSTLY_{name}")
@@ -106,7 +127,8 @@ def quantize(
         kept = _imatrix_array(library, imatrix, source)
         params.imatrix = kept[0]
     if tensor_types:
-        params.tt_overrides = _overrides(library, check_tensor_types(tensor_types, type_name), source)
+        require_tensors(source, tensor_types)
+        params.tt_overrides = _overrides(library, check_tensor_types(tensor_types, type_name))
 
     def tell(line: str) -> None:
         if progress and (found := _PROGRESS.search(line)):
@@ -164,23 +186,13 @@ def _imatrix_array(library: Any, path: Path, source: Path) -> tuple[Any, list[ND
     return entries, list(matrix.values())
 
 
-def _overrides(library: Any, types: Mapping[str, str], source: Path) -> Any:
+def _overrides(library: Any, types: Mapping[str, str]) -> Any:
     """llama.cpp's list of ``{pattern, type}`` that ends in NULL."""
-    names = list(types_of_tensors(source))
-    for pattern in types:
-        if not any(re.search(pattern, name) for name in names):
-            raise InputError(
-                f"{source.name} has no tensor with {pattern} in its name", hint=f"It has, among others, {_some(names)}."
-            )
     entries = (library.llama_model_tensor_override * (len(types) + 1))()
     for entry, (pattern, kind) in zip(entries, types.items(), strict=False):
         entry.pattern = pattern.encode()
         entry.type = int(gguf.GGMLQuantizationType[kind])
     return entries
-
-
-def _some(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.split(".")[-2] for name in names if name.endswith(".weight")}))
 
 
 def _is_table(name: str) -> bool:

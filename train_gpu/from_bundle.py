@@ -161,7 +161,7 @@ def _tower(reader: gguf.GGUFReader, tensors: dict[str, torch.Tensor], image_size
 @click.option(
     "--lora-rank",
     type=click.IntRange(1),
-    default=48,
+    default=64,
     show_default=True,
     help="The sum of the LoRAs' ranks, for --base.",
 )
