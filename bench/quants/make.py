@@ -134,7 +134,7 @@ class Maker:
             files.append(BundleFile(path.name, file.role, sha256_file(path), path.stat().st_size, kind))
         # The probe tells a wrong build from a right one, and would refuse a coarse type.
         probe = manifest.probe if tower.type in _PROBED else None
-        made = replace(manifest, files=tuple(files), probe=probe, parity=None, backends=(tower.backend,))
+        made = replace(manifest, files=tuple(files), probe=probe, backends=(tower.backend,))
         write_atomically(directory / MANIFEST_NAME, made.to_json())
         return Subject(open_bundle(directory), variant.label, self._reference.image_tokens)
 

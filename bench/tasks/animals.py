@@ -36,7 +36,7 @@ class Animals(BaseTask):
                 raise InputError(f"no such folder: {folder}")
             for path in sorted(folder.iterdir()):
                 if path.suffix.lower() in _PICTURES:
-                    samples.append(self._sample(path, folder.resolve().name))
+                    samples.append(self._sample(path, folder.name or folder.resolve().name))
         self._names = {sample.expected for sample in samples}
         return samples
 
@@ -45,8 +45,12 @@ class Animals(BaseTask):
 
     def mark(self, sample: Sample, said: Said) -> Mark:
         """Which of the names the answer has."""
-        text = said.text.lower()
-        named = sorted(name for name in self._names if re.search(rf"\b{re.escape(name.lower())}s?\b", text))
+        text, named = said.text.lower(), []
+        for name in sorted(self._names, key=len, reverse=True):  # a polar bear is no bear besides
+            words = r"[\s_-]+".join(map(re.escape, re.split(r"[\s_-]+", name.lower())))
+            text, found = re.subn(rf"\b{words}s?\b", " ", text)
+            named += [name] if found else []
+        named.sort()
         return Mark(float(named == [sample.expected]), {"named": named})
 
     def summarize(self, records: Sequence[Record]) -> Metrics:

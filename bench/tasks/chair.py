@@ -34,7 +34,7 @@ class Chair(BaseTask):
 
     def read(self, data: Data) -> list[Sample]:
         """One description a picture, in order of the pictures' ids."""
-        paths = [data.find(name, optional=True) for name in ("**/instances*.json", "**/captions*.json")]
+        paths = [data.find(*_annotations(kind), optional=True) for kind in ("instances", "captions")]
         found = [path for path in paths if path is not None]
         if not found:
             raise InputError(f"{data.root} has neither instances*.json nor captions*.json")
@@ -48,6 +48,7 @@ class Chair(BaseTask):
                 raise InputError(f"{path} lacks the lists images and annotations of COCO's format")
             names |= dict(data.entries(path, listed(images), lambda f: (identifier(f, "id"), f.text("file_name"))))
             categories = _categories(data, path, root)
+            objects |= {image: set() for image in names if image not in objects}
             pairs = data.entries(path, listed(annotations), partial(self._annotation, categories))
             for image, present in pairs:
                 objects.setdefault(image, set()).update(present)
@@ -91,6 +92,11 @@ def _counts(record: Record) -> tuple[int, int, int, int]:
     mentioned = record.detail["mentioned"]
     named = set(mentioned) & set(record.expected)
     return len(record.detail["hallucinated"]), len(mentioned), len(named), len(record.expected)
+
+
+def _annotations(kind: str) -> list[str]:
+    """COCO's archives hold those of the training pictures, too."""
+    return [f"**/{kind}{split}.json" for split in ("*val2014*", "*val2017*", "*")]
 
 
 def _categories(data: Data, path: Path, root: Fields) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import PurePath
 
 from llava_edge.bench.tasks.animals import right_share
 from llava_edge.bench.tasks.asking import LETTERS, ChoiceBy, Said
@@ -21,6 +22,8 @@ class Choices(BaseTask):
     """
 
     def __init__(self, by: ChoiceBy = "letter", suffix: str | None = None) -> None:
+        if by not in ("letter", "text"):
+            raise InputError(f"choices are chosen by {by!r}; expected letter or text")
         self.choose_by = by
         self._suffix = suffix
 
@@ -34,13 +37,15 @@ class Choices(BaseTask):
         choices = fields.texts("choices")
         if not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) != len(choices):
             raise InputError(f"choices has {len(choices)} texts; expected 2 to {len(LETTERS)} different ones")
-        image = None
+        image, folder = None, ""
         if fields.has("image") and not fields.is_null("image"):
             image = data.picture(fields.text("image"))
+            folder = PurePath(fields.text("image")).parent.as_posix().removeprefix(".")
         expected = _expected(fields, choices) if fields.has("answer") else None
         facts = {"category": fields.text("category")} if fields.has("category") else {}
         name = identifier(fields, "id") if fields.has("id") else str(number)
-        return Sample(name, self._question(fields.text("question"), choices), image, expected, facts, choices)
+        question = self._question(fields.text("question"), choices)
+        return Sample(name, question, image, expected, facts, choices, folder)
 
     def _question(self, question: str, choices: Sequence[str]) -> str:
         if self.choose_by == "text":

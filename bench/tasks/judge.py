@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import time
@@ -98,7 +99,9 @@ class HttpJudge:
         try:
             content = reply["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
-            content = None
+            content = 0
+        if content is None:  # it refuses to answer
+            return ""
         if not isinstance(content, str):
             raise JudgeError(f"{self._url} answered without choices[0].message.content: {json.dumps(reply)[:200]}")
         return content
@@ -116,7 +119,7 @@ class HttpJudge:
                 if error.code not in _LATER:
                     raise JudgeError(failure, hint=_hint(error.code)) from None
                 pause = _retry_after(error.headers.get("Retry-After"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 failure, pause = f"{self._url} can't be asked: {error}", None
             if attempt < self._tries:
                 self._wait(pause if pause is not None else min(60.0, 2.0**attempt))
@@ -124,8 +127,13 @@ class HttpJudge:
 
 
 def _authorization() -> dict[str, str]:
-    key = next((os.environ[name] for name in KEY_VARIABLES if os.environ.get(name)), None)
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    name = next((name for name in KEY_VARIABLES if os.environ.get(name)), None)
+    if name is None:
+        return {}
+    key = os.environ[name].strip()
+    if not key.isascii() or not key.isprintable():
+        raise InputError(f"{name} has characters that no key can have", hint="Is there a line break in it?")
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _hint(code: int) -> str:

@@ -114,8 +114,14 @@ def start(folder: Path, plan: Plan, *, resume: bool, overwrite: bool) -> list[Re
         _check_same(folder, _read_settings(folder), plan.settings, BACKEND)
         return _kept_records(folder, plan)
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (SUMMARY, SAMPLES, REVIEWS, JUDGED):
-        (folder / name).unlink(missing_ok=True)
+    old = [name for name in (SUMMARY, SAMPLES, REVIEWS, JUDGED) if (folder / name).exists()]
+    if old and not overwrite:
+        raise InputError(
+            f"{folder} has {', '.join(old)}, and no {SETTINGS} that says of what run",
+            hint="Name another --output; --overwrite deletes them.",
+        )
+    for name in old:
+        (folder / name).unlink()
     write_text(settings, json.dumps(plan.settings, indent=2, ensure_ascii=False) + "\n")
     return []
 
@@ -227,10 +233,12 @@ def ask(task: Task, asker: Asker, index: int, sample: Sample, *, skip_bad: bool 
     try:
         said = asker.answer(task, sample)
         mark = task.mark(sample, said)
-    except (ImageError, InputError, ContextFullError) as error:
-        if not skip_bad:
-            hint = "--resume --skip-bad goes on without it."
-            raise type(error)(f"sample {sample.id}: {error}", hint=hint) from None
+    except (InputError, ContextFullError) as error:
+        of_this_sample = isinstance(error, ImageError | ContextFullError)
+        if not (skip_bad and of_this_sample):
+            hints = [error.hint, "--resume --skip-bad goes on without it." if of_this_sample else None]
+            hint = " ".join(text for text in hints if text)
+            raise type(error)(f"sample {sample.id}: {error}", hint=hint or None) from None
         said, mark = Said("", "", 0), Mark(None, {"unreadable": str(error)})
     seconds = time.perf_counter() - started
     return Record(

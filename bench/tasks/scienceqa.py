@@ -68,7 +68,8 @@ class ScienceQa(BaseTask):
         image = None
         if problem.raw().get("image"):
             name = f"{number}/{problem.text('image')}"
-            image = data.picture(name, f"images/{self._split}", self._split)
+            split = self._split.removeprefix("mini")  # whose pictures lie among those that it was drawn from
+            image = data.picture(name, f"images/{split}", split)
         facts = _facts(problem, len(choices))
         question = published.get(number) or question_text(problem, choices, context_first=self._format == "cqm-a")
         instruction = {"cqm-a": f"\n{LETTER_INSTRUCTION}", "qcm-ale": _ANSWER_FIRST, "qcm-lea": ""}[self._format]

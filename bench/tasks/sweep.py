@@ -17,6 +17,8 @@ from llava_edge.errors import InputError
 SWEEP = "sweep.json"
 _MODEL_KEYS = {field.name for field in fields(ModelChoice)} - {"llm", "mmproj", "threads", "n_gpu_layers", "n_ctx"}
 _WHOLE = {"image_tokens", "max_tokens", "limit"}
+_SWITCHES = {"ocr"}
+_FILES = {"file", "folders", "synonyms"}
 
 
 def parse_grid(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -41,7 +43,13 @@ def _value(key: str, text: str) -> Any:
             return tuple(int(layer) for layer in text.split("+"))
     except ValueError:
         raise InputError(f"{key} is {text!r} in the grid; expected whole numbers") from None
-    return {"true": True, "false": False}.get(text.lower(), text)
+    if key in _SWITCHES:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"{key} is {text!r} in the grid; expected true or false")
+        return text.lower() == "true"
+    if key in _FILES:
+        raise InputError(f"{key} names a file, which is no part of a grid", hint="Run the sweep once for each.")
+    return text
 
 
 def run_sweep(job: Job, grid: dict[str, list[Any]], folder: Path, progress: Progress) -> list[dict[str, Any]]:

@@ -51,6 +51,15 @@ def test_json_is_the_summary_file_and_compare_reads_runs(run, shapes, tmp_path, 
     assert "p = " in run("eval", "compare", "one", "two").out
 
 
+def test_going_on_and_beginning_anew_exclude_each_other(run, shapes, fast):
+    first = run("eval", "easy-vqa", "--data", shapes, "-o", "run", "--json", *fast)
+    both = run("eval", "easy-vqa", "--data", shapes, "-o", "run", "--overwrite", "--resume", *fast)
+    assert both.code == 2
+    assert "give one of them" in both.err
+    again = run("eval", "easy-vqa", "--data", shapes, "-o", "run", "--resume", "--json", *fast)
+    assert json.loads(again.out) == json.loads(first.out)
+
+
 def test_shards_are_merged(run, shapes, fast):
     for part in ("1/2", "2/2"):
         assert run("eval", "easy-vqa", "--data", shapes, "--shard", part, "-o", part[0], *fast).code == 0

@@ -170,6 +170,27 @@ def test_an_answer_streams_and_is_stopped(open_page: Callable[..., Any]) -> None
     assert ask(page, "Hello!")
 
 
+def test_a_conversation_that_is_deleted_while_its_answer_is_written_stays_away(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+
+    def make_endless(route: Any) -> None:
+        schema = {"type": "array", "items": {"type": "integer"}, "minItems": 512}
+        wanted = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
+        route.continue_(post_data={**route.request.post_data_json, "max_tokens": 3000, "response_format": wanted})
+
+    page.route("**/v1/chat/completions", make_endless)
+    page.fill("#question", "Count.")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".assistant.writing:not(.waiting) .text > *")
+    page.locator("#conversations .drop").first.click()
+    page.wait_for_selector("#send:visible")
+    page.unroute("**/v1/chat/completions")
+    assert ask(page, "Hello!")
+    page.reload()
+    page.locator(DONE).first.wait_for()
+    assert page.locator("#conversations .pick").all_inner_texts() == ["Hello!"]
+
+
 def test_a_reload_keeps_the_conversations(open_page: Callable[..., Any]) -> None:
     page = open_page()
     page.set_input_files("#files", CAT)

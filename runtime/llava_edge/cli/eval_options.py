@@ -88,6 +88,8 @@ def make_job(
     """
     from llava_edge.bench.tasks.evaluate import Job
 
+    if values["resume"] and values["overwrite"]:
+        raise click.UsageError("--resume goes on with a run and --overwrite deletes it: give one of them")
     return Job(
         task=task,
         data=data,
@@ -163,7 +165,9 @@ def run_job(job: Job, *, quiet: bool) -> Outcome:
     try:
         outcome = run(job, progress_bar(quiet))
     except KeyboardInterrupt:
-        terminal.note("\nstopped; the answers so far are kept: run the same command again with --resume")
+        terminal.note(
+            "\nstopped; the answers so far are kept: run the same command again with --resume, not --overwrite"
+        )
         raise
     for line in outcome.skipped[:5]:
         terminal.note(f"skipped: {line}")
@@ -191,7 +195,7 @@ def table(summary: dict[str, Any]) -> str:
     if summary["skipped"]:
         head += f" · {summary['skipped']} malformed entries skipped"
     if "judge" not in summary and summary["unreadable"]:
-        head += f" · {summary['unreadable']} pictures that can't be read"
+        head += f" · {summary['unreadable']} questions that could not be asked"
     width = max(map(len, summary["metrics"]), default=0)
     lines = [head]
     for name, metric in summary["metrics"].items():

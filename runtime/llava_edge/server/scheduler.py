@@ -202,8 +202,7 @@ class Scheduler:
 
     def _groups(self, writing: Sequence[_Active]) -> list[list[_Active]]:
         """Who is evaluated together."""
-        engine = self.model.engine
-        alone = [a for a in writing if self._exact and engine.position(a.lane.seq) >= ALONE_FROM]
+        alone = [a for a in writing if self._exact and a.lane.cache.tokens >= ALONE_FROM]
         together = {a.lane.seq: a for a in writing if a not in alone}
         return [*([together[seq] for seq in run] for run in runs(together, self.rows)), *([a] for a in alone)]
 

@@ -201,6 +201,19 @@ class TestHttpJudge:
         assert "secret" not in str(error.value)
         assert server.headers[0]["Authorization"] == "Bearer secret"
 
+    def test_a_key_that_can_t_be_one_is_not_printed(self, server, monkeypatch):
+        monkeypatch.setenv("LLAVA_EDGE_JUDGE_KEY", "sec\rret")
+        with pytest.raises(InputError, match="LLAVA_EDGE_JUDGE_KEY has characters that no key can have") as error:
+            HttpJudge(server.url, "m").ask("s", "t", temperature=0, max_tokens=4)
+        assert "ret" not in str(error.value)
+        monkeypatch.setenv("LLAVA_EDGE_JUDGE_KEY", "secret\r\n")
+        HttpJudge(server.url, "m").ask("s", "t", temperature=0, max_tokens=4)
+        assert server.headers[0]["Authorization"] == "Bearer secret"
+
+    def test_a_judge_that_says_nothing_is_unreadable(self, server):
+        server.reply = lambda text: (200, None)
+        assert HttpJudge(server.url, "m").ask("s", "t", temperature=0, max_tokens=4) == ""
+
     def test_a_redirect_is_not_followed_with_the_key(self, server, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "secret")
         server.location = f"{server.url}/elsewhere"

@@ -269,6 +269,11 @@ class TestScienceQa:
             files.picture(tmp_path / "images" / "test" / number / "image.png", int(number))
         return tmp_path
 
+    def test_a_small_split_has_its_pictures_among_those_of_the_large_one(self, files, folder):
+        files.json(folder / "pid_splits.json", {"test": ["1", "2", "3"], "minitest": ["2"]})
+        (sample,) = ScienceQa(split="minitest").read(Data(folder))
+        assert sample.image == folder / "images" / "test" / "2" / "image.png"
+
     def test_the_three_formats(self, folder):
         texts = {name: ScienceQa(name).read(Data(folder))[1].question for name in ("qcm-lea", "qcm-ale", "cqm-a")}
         options = "Options: (A) a whale (B) a mouse"

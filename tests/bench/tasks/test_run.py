@@ -110,6 +110,25 @@ def test_a_run_is_not_overwritten_by_accident(evaluate_tiny, pope_data):
     assert evaluate_tiny("pope", pope_data, limit=4, overwrite=True).summary["asked"] == 4
 
 
+def test_answers_of_an_unknown_run_stay(evaluate_tiny, pope_data):
+    folder = evaluate_tiny("pope", pope_data, limit=2).folder
+    (folder / "run.json").unlink()
+    before = (folder / "samples.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"has summary\.json, samples\.jsonl, and no run\.json"):
+        evaluate_tiny("pope", pope_data, limit=2)
+    assert (folder / "samples.jsonl").read_bytes() == before
+    assert evaluate_tiny("pope", pope_data, limit=2, overwrite=True).summary["asked"] == 2
+
+
+def test_what_is_wrong_with_every_question_is_not_passed_as_a_bad_one(evaluate_tiny, pope_data, tiny_bundle):
+    choice = ModelChoice(
+        model=str(tiny_bundle), threads=1, n_ctx=1024, prompt_format="mistral_instruct", system="Be brief."
+    )
+    with pytest.raises(InputError, match="no place for a system message") as error:
+        evaluate_tiny("pope", pope_data, skip_bad=True, choice=choice)
+    assert "--skip-bad" not in (error.value.hint or "")
+
+
 def test_other_settings_don_t_go_on_with_a_run(evaluate_tiny, pope_data):
     evaluate_tiny("pope", pope_data, limit=2)
     with pytest.raises(InputError, match="its limit is 2, this one's 3"):
@@ -226,8 +245,10 @@ def test_a_question_that_does_not_fit_is_named_and_can_be_passed(evaluate_tiny, 
     lines = [*map(json.loads, path.read_text().splitlines()), {**long, "image": None}]
     lines[-1]["image"] = lines[0]["image"]
     files.jsonl(path, lines)
-    with pytest.raises(ContextFullError, match="sample random-90: "):
+    with pytest.raises(ContextFullError, match="sample random-90: ") as error:
         evaluate_tiny("pope", pope_data)
+    assert "--n-ctx" in error.value.hint
+    assert "--skip-bad" in error.value.hint
     outcome = evaluate_tiny("pope", pope_data, resume=True, skip_bad=True)
     assert outcome.summary["unreadable"] == 1
 

@@ -218,6 +218,16 @@ class TestChair:
         samples = Chair().read(Data(coco))
         assert [(s.id, s.expected) for s in samples] == [("1", ["dog", "person"]), ("2", ["dog"]), ("10", [])]
 
+    def test_annotations_of_the_training_pictures_beside_them_are_left_alone(self, files, coco):
+        files.json(coco / "annotations" / "instances_train2014.json", {"images": [], "annotations": []})
+        files.json(coco / "annotations" / "captions_train2014.json", {"images": [], "annotations": []})
+        assert len(Chair().read(Data(coco))) == 3
+
+    def test_a_picture_in_which_nothing_is_annotated_is_asked_too(self, coco):
+        (coco / "annotations" / "captions_val2014.json").unlink()
+        samples = Chair().read(Data(coco))
+        assert [(s.id, s.expected) for s in samples] == [("1", ["dog"]), ("2", ["dog"]), ("10", [])]
+
     def test_metrics_of_a_worked_example(self, coco, make_record):
         task = Chair()
         texts = ("A man, his dog and a cat", "A puppy", "A dog on a chair")
@@ -265,6 +275,19 @@ class TestChoices:
         assert greedy in single
         assert asker.choose("What is it?", None, sorted(set(single)), "text").text == greedy
 
+    def test_pictures_of_one_name_in_two_folders_are_two(self, files, tmp_path):
+        rows = []
+        for folder in ("cat", "dog"):
+            files.picture(tmp_path / "images" / folder / "1.png", 1)
+            rows.append({"image": f"{folder}/1.png", "question": "Which?", "choices": ["cat", "dog"], "answer": folder})
+        files.jsonl(tmp_path / "choices.jsonl", rows)
+        samples = make_task("choices", {}).read(Data(tmp_path))
+        assert [sample.image_name for sample in samples] == ["cat/1.png", "dog/1.png"]
+
+    def test_another_way_to_choose_is_refused(self):
+        with pytest.raises(InputError, match="chosen by 'letters'; expected letter or text"):
+            make_task("choices", {"by": "letters"})
+
     @pytest.mark.parametrize("answer", [1, "B", "blue"])
     def test_an_answer_may_be_a_number_a_letter_or_the_choice(self, files, tmp_path, evaluate_tiny, answer):
         rows = [{"question": "Which?", "choices": ["red", "blue"], "answer": answer, "category": "colour"}]
@@ -287,6 +310,32 @@ class TestChoices:
         files.jsonl(tmp_path / "choices.jsonl", [{"question": "?", **row}])
         with pytest.raises(InputError, match=rf"choices\.jsonl:1: .*{message}"):
             make_task("choices", {}).read(Data(tmp_path))
+
+
+class TestAnimals:
+    @pytest.mark.parametrize(
+        ("text", "named"),
+        [
+            ("It is a polar bear.", ["polar_bear"]),
+            ("Two bears and a guinea  pig", ["bear", "guinea-pig"]),
+            ("A polar bear beside a bear", ["bear", "polar_bear"]),
+            ("A bearded man", []),
+        ],
+    )
+    def test_names_of_several_words(self, files, tmp_path, text, named):
+        for name in ("bear", "polar_bear", "guinea-pig"):
+            files.picture(tmp_path / name / "1.png", 1)
+        task = make_task("animals", {})
+        sample = next(s for s in task.read(Data(tmp_path)) if s.expected == "polar_bear")
+        mark = task.mark(sample, said(text))
+        assert mark.detail["named"] == named
+        assert mark.score == float(named == ["polar_bear"])
+
+    def test_a_link_s_own_name_counts(self, files, tmp_path):
+        files.picture(tmp_path / "n02085620" / "1.png", 1)
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "dog").symlink_to(tmp_path / "n02085620")
+        assert [s.expected for s in make_task("animals", {}).read(Data(tmp_path / "data"))] == ["dog"]
 
 
 class TestPublishedFiles:

@@ -191,8 +191,9 @@ async function answerQuestion(reading) {
   scroller.append(node);
   scroller.setAttribute("aria-busy", "true");
   scroller.scrollTop = scroller.scrollHeight;
+  const kept = store.save(mine);
   refresh();
-  await store.save(mine);
+  await kept;
   const started = performance.now();
   const figures = { first: 0, last: 0, kept: 0, tokens: 0, server: null, reason: "" };
   try {
@@ -332,7 +333,8 @@ function listen() {
     $(id).addEventListener("change", () => { attachFiles([...$(id).files]); $(id).value = ""; });
   $("question").addEventListener("input", () => { resize(); refresh(); });
   $("question").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); ask(); }
+    const composing = event.isComposing || event.keyCode === 229; // Safari ends a composition before this event
+    if (event.key === "Enter" && !event.shiftKey && !composing) { event.preventDefault(); ask(); }
     const last = conversation.messages.findLastIndex((message) => message.role === "user");
     if (event.key === "ArrowUp" && !$("question").value && !attached.length && last >= 0) { event.preventDefault(); editQuestion(last); }
   });

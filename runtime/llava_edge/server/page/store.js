@@ -20,17 +20,21 @@ const store = {
   },
 
   save(conversation) {
+    if (conversation.deleted) return Promise.resolve(null); // while its answer was being written
     conversation.changed = Date.now();
     this.memory.set(conversation.id, conversation);
-    return this.ask("readwrite", (table) => table.put(structuredClone(conversation)));
+    return this.ask("readwrite", (table) => table.put(conversation));
   },
 
   remove(id) {
+    const gone = this.memory.get(id);
+    if (gone) gone.deleted = true;
     this.memory.delete(id);
     return this.ask("readwrite", (table) => table.delete(id));
   },
 
   clear() {
+    for (const gone of this.memory.values()) gone.deleted = true;
     this.memory.clear();
     return this.ask("readwrite", (table) => table.clear());
   },
@@ -38,7 +42,15 @@ const store = {
   ask(mode, work) {
     if (!this.database) return Promise.resolve(null);
     return new Promise((resolve) => {
-      const request = work(this.database.transaction("conversations", mode).objectStore("conversations"));
+      let request;
+      try {
+        request = work(this.database.transaction("conversations", mode).objectStore("conversations"));
+      } catch { // the browser has closed it
+        this.database = null;
+        warn("This browser keeps nothing any more: reload the page to have new conversations kept.");
+        resolve(null);
+        return;
+      }
       request.onsuccess = () => resolve(request.result);
       request.onerror = () => { warn("This browser has no room left: the conversation is not kept."); resolve(null); };
     });
