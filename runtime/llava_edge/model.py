@@ -95,8 +95,8 @@ def load(
         How a picture's tokens become fewer: ``"pool"``, which models are trained for, ``"grid"``, ``"random"`` or
         ``"diversity"``.
     vision_backend
-        What runs the vision tower: ``"onnx"``, ``"mtmd"``, or ``"auto"`` for the first in the manifest's order that
-        passes the self-check.
+        What runs the vision tower: ``"onnx"``, ``"mtmd"``, ``"native"`` (libllava_edge, if it is installed), or
+        ``"auto"`` for the first in the manifest's order that passes the self-check.
     n_seq_max
         Conversations that the KV cache holds side by side, each with a context of its own; a chat uses the first.
     kv_type

@@ -58,7 +58,7 @@ how_it_runs = together(
         "--n-gpu-layers",
         metavar="N",
         type=click.IntRange(-1),
-        help="Layers on the GPU, -1 for all.  [default: all on Metal, else none]",
+        help="Layers on the GPU, -1 for all.  [default: all where llama.cpp has a GPU, else none]",
     ),
     vision_backend_option,
 )
