@@ -59,7 +59,7 @@ class Plan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "llm_type", check_type(self.llm_type, LLM_TYPES))
         object.__setattr__(self, "mmproj_type", check_type(self.mmproj_type, MMPROJ_TYPES))
-        object.__setattr__(self, "tensor_types", check_tensor_types(self.tensor_types, self.llm_type))
+        check_tensor_types(self.tensor_types, self.llm_type)
         object.__setattr__(self, "vision", check_type(self.vision, ("auto", *VISION_TYPES)))
 
 
@@ -234,12 +234,14 @@ class _Work:
 
             quantize_onnx(source, target)
             return _onnx_file(target, type_name)
-        threads = native.default_threads()
-        if role == "mmproj":
-            return quantize(source, target, type_name, threads=threads)
         plan = self._plan
         return quantize(
-            source, target, type_name, threads=threads, imatrix=plan.imatrix, tensor_types=plan.tensor_types
+            source,
+            target,
+            type_name,
+            threads=native.default_threads(),
+            imatrix=plan.imatrix if role == "llm" else None,
+            tensor_types=plan.tensor_types if role == "llm" else None,
         )
 
     def _remove_floats(self) -> None:

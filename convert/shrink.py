@@ -139,17 +139,15 @@ class Quantization:
 
             quantize_onnx(source, target)
             return _onnx(target, type_name)
-        plan, threads, tell = self._plan, native.default_threads(), self._counter("tensors")
-        if role == "mmproj":
-            return quantize(source, target, type_name, threads=threads, progress=tell)
+        plan = self._plan
         return quantize(
             source,
             target,
             type_name,
-            threads=threads,
-            imatrix=plan.imatrix,
-            tensor_types=plan.tensor_types,
-            progress=tell,
+            threads=native.default_threads(),
+            imatrix=plan.imatrix if role == "llm" else None,
+            tensor_types=plan.tensor_types if role == "llm" else None,
+            progress=self._counter("tensors"),
         )
 
     def _counter(self, unit: str) -> Callable[[int, int], None]:

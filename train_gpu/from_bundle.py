@@ -25,6 +25,7 @@ from transformers import Dinov2Config, Dinov2Model, LlavaForConditionalGeneratio
 from llava_edge.bundle import MANIFEST_NAME, Bundle, resolve_model
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.train_gpu import checkpoint, parts
+from llava_edge.train_gpu.build import load_model
 
 log = logging.getLogger(__name__)
 
@@ -172,8 +173,7 @@ def main(name: str, output: Path, base: Path | None, lora_rank: int) -> None:
         bundle = resolve_model(name)
         model, tokenizer = model_from_bundle(bundle)
         if base is not None:
-            start = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-            kept_rank = undo_rounding(model, start, lora_rank)
+            kept_rank = undo_rounding(model, load_model(str(base)).float(), lora_rank)
             log.info("what training changed has rank %.0f on average", kept_rank)
     except LlavaEdgeError as error:
         raise click.ClickException(f"{error}\n{error.hint}" if error.hint else str(error)) from None

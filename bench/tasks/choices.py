@@ -40,7 +40,7 @@ class Choices(BaseTask):
         image, folder = None, ""
         if fields.has("image") and not fields.is_null("image"):
             image = data.picture(fields.text("image"))
-            folder = PurePath(fields.text("image")).parent.as_posix().removeprefix(".")
+            folder = "/".join(PurePath(fields.text("image")).parts[:-1])
         expected = _expected(fields, choices) if fields.has("answer") else None
         facts = {"category": fields.text("category")} if fields.has("category") else {}
         name = identifier(fields, "id") if fields.has("id") else str(number)

@@ -98,10 +98,9 @@ class HttpJudge:
         reply = self._post(json.dumps(body).encode())
         try:
             content = reply["choices"][0]["message"]["content"]
+            content = "" if content is None else content  # null where it refuses to answer
         except (KeyError, IndexError, TypeError):
-            content = 0
-        if content is None:  # it refuses to answer
-            return ""
+            content = None
         if not isinstance(content, str):
             raise JudgeError(f"{self._url} answered without choices[0].message.content: {json.dumps(reply)[:200]}")
         return content

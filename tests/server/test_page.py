@@ -146,13 +146,14 @@ def test_a_picture_is_pasted(open_page: Callable[..., Any]) -> None:
     page.wait_for_selector("#attached img[alt='pasted.jpg']")
 
 
+def make_endless(route: Any) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "minItems": 512}
+    wanted = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
+    route.continue_(post_data={**route.request.post_data_json, "max_tokens": 3000, "response_format": wanted})
+
+
 def test_an_answer_streams_and_is_stopped(open_page: Callable[..., Any]) -> None:
     page = open_page()
-
-    def make_endless(route: Any) -> None:
-        schema = {"type": "array", "items": {"type": "integer"}, "minItems": 512}
-        wanted = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
-        route.continue_(post_data={**route.request.post_data_json, "max_tokens": 3000, "response_format": wanted})
 
     page.route("**/v1/chat/completions", make_endless)
     page.set_input_files("#files", CAT)
@@ -172,11 +173,6 @@ def test_an_answer_streams_and_is_stopped(open_page: Callable[..., Any]) -> None
 
 def test_a_conversation_that_is_deleted_while_its_answer_is_written_stays_away(open_page: Callable[..., Any]) -> None:
     page = open_page()
-
-    def make_endless(route: Any) -> None:
-        schema = {"type": "array", "items": {"type": "integer"}, "minItems": 512}
-        wanted = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": schema}}
-        route.continue_(post_data={**route.request.post_data_json, "max_tokens": 3000, "response_format": wanted})
 
     page.route("**/v1/chat/completions", make_endless)
     page.fill("#question", "Count.")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # From a context of 512 cells on llama.cpp divides the attention of a lone token among its threads, but not that of
-# several tokens, and it takes cells in blocks of 256: from this position on sequences are evaluated one by one.
+# several tokens, and it takes cells in blocks of 256: from this cell on sequences are evaluated one by one.
 ALONE_FROM = 256
 
 
