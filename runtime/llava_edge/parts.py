@@ -98,6 +98,16 @@ def _pulled_parts(model: str | os.PathLike[str], vision_backend: str) -> Parts |
     return Parts(pulled.name, llm, mmproj, hashes=hashes)
 
 
+def llm_file(model: str | os.PathLike[str] | None, llm: str | os.PathLike[str] | None) -> Path:
+    """The language model's file alone, whatever else the model lacks."""
+    if llm:
+        return Path(llm)
+    pulled = pulled_pair(model or DEFAULT_MODEL)
+    if pulled is not None and pulled.pair is not None:
+        return pulled.directory / pulled.pair.file("llm")
+    return resolve_model(model or DEFAULT_MODEL).file("llm")
+
+
 def preflight(parts: Parts) -> None:
     """Check the files before native code sees them, and say what llama.cpp is known to compute wrongly."""
     llm = check_gguf(parts.llm, "llm")

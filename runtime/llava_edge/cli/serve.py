@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llava_edge.server.scheduler import Scheduler
 
 _MEBIBYTE = 1024 * 1024
+_PARALLEL = 4
 
 
 @click.command(short_help="Answer programs (OpenAI's protocol) and people (a web page).")
@@ -30,9 +31,7 @@ _MEBIBYTE = 1024 * 1024
     "--parallel",
     metavar="N",
     type=click.IntRange(1, 64),
-    default=4,
-    show_default=True,
-    help="Answers at a time; each has a context of its own in memory.",
+    help=f"Answers at a time; each has a context of its own in memory.  [default: {_PARALLEL}, or as many as fit]",
 )
 @click.option(
     "--queue",
@@ -93,7 +92,7 @@ def serve(
     *,
     host: str,
     port: int,
-    parallel: int,
+    parallel: int | None,
     queue: int,
     timeout: float,
     grace: float,
@@ -120,6 +119,7 @@ def serve(
     if not quiet and not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("llava_edge.server").setLevel(logging.INFO)
     access, key = _access(host, api_key_file, cors)
+    parallel = parallel or _parallel(options)
     limits = Options(
         parallel=parallel,
         queue=queue,
@@ -153,6 +153,26 @@ def serve(
     run(service, listener, failure)
     if failure:
         raise failure[0]
+
+
+def _parallel(options: dict[str, Any]) -> int:
+    """How many contexts the memory holds, at most the usual number."""
+    from llava_edge import memory
+    from llava_edge.engine import DEFAULT_CTX
+    from llava_edge.gguf_header import read_header
+    from llava_edge.parts import llm_file
+
+    path = llm_file(options["model"], options["llm"])
+    needed = memory.context_bytes(read_header(path), options["n_ctx"] or DEFAULT_CTX, options["kv_type"])
+    if needed is None:
+        return _PARALLEL
+    fitting = memory.contexts_that_fit(path.stat().st_size, needed, _PARALLEL)
+    if fitting < _PARALLEL:
+        log.warning(
+            "a context takes %.1f GiB of memory; answers at a time: %d (--n-ctx and --kv-type q8_0 make it smaller)",
+            needed / memory.GIB, fitting,
+        )  # fmt: skip
+    return fitting
 
 
 def _access(host: str, api_key_file: Path | None, cors: tuple[str, ...]) -> tuple[Access, str | None]:
