@@ -214,12 +214,86 @@ def filter_captions(
         ((question, answer),) = from_caption(f"{name}#{number}", caption, PictureRef(name, Path(name))).turns
         said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         samples.append({"id": f"{name}#{number}", "image": name, "conversations": said})
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(json.dumps(samples, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(output)
+    _write(output, samples)
     counts = {"captions": len(listed), "kept": len(samples), "phrases": chosen.phrases, "phrases_used": chosen.used}
     terminal.data(json.dumps({"output": str(output), **counts}) + "\n" if as_json else f"{output}\n")
     if not as_json:
         terminal.note(
             f"{len(samples)} of {len(listed)} captions kept, by {chosen.used} of {chosen.phrases} noun phrases"
         )
+
+
+@datagen.command("best-captions", short_help="Let a checkpoint draw captions, and keep those that agree with people's.")
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True,
+              help="The samples, with a source SOURCE-best more.")  # fmt: skip
+@click.option("--samples", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
+              help="LLaVA samples by source, as a recipe's data.samples.")  # fmt: skip
+@click.option("--features", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
+              help="The pictures' features, as a recipe's data.features.")  # fmt: skip
+@click.option("--source", required=True, help="The source whose pictures and questions are taken.")
+@click.option("--references", required=True, help="The source whose answers are people's captions.")
+@click.option("--format", "prompt_format", default="chatml", show_default=True, help="A recipe's data.format.")
+@click.option("--image-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a picture.")
+@click.option("--draws", type=click.IntRange(1), default=5, show_default=True, help="Captions drawn of each picture.")
+@click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Captions kept of each, at most.")
+@click.option("--temperature", type=click.FloatRange(0, 2, min_open=True), default=1.0, show_default=True)
+@click.option("--limit", type=click.IntRange(1), help="Only the first so many pictures.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON.")
+@debug_option
+def best_captions(
+    checkpoint: Path,
+    output: Path,
+    samples: Path,
+    features: Path,
+    source: str,
+    references: str,
+    prompt_format: str,
+    image_tokens: int,
+    draws: int,
+    keep: int,
+    temperature: float,
+    limit: int | None,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Let CHECKPOINT draw captions of its training pictures, and keep those with the highest CIDEr-D.
+
+    To be trained on in a further stage, beside people's captions.
+
+    \b
+    llava-edge datagen best-captions nano-full --samples samples.json --features features \\
+        --source flickr8k-short --references flickr8k-captions -o samples-best.json
+    """
+    from llava_edge.bench.tasks.cider import CiderD
+    from llava_edge.train_gpu.datagen import draws as drawing
+    from llava_edge.train_gpu.samples import read_json
+
+    values = read_json(samples)
+    asked = drawing.read_asked(values, source, references)
+    scorer = CiderD([one.references for one in asked])
+    drawer = drawing.Drawer(checkpoint, features, prompt_format, image_tokens, seed)
+    with click.progressbar(length=len(asked[:limit]), label="pictures", file=sys.stderr, hidden=quiet) as bar:
+        for made in drawing.best_captions(
+            drawer, asked[:limit], scorer.score, count=draws, keep=keep, temperature=temperature
+        ):
+            bar.update(made.pictures - bar.pos)
+    values[f"{source}-best"] = made.samples
+    _write(output, values)
+    counts = {"pictures": made.pictures, "drawn": made.drawn, "kept": made.kept}
+    means = {"drawn_score": made.drawn_score / made.drawn, "kept_score": made.kept_score / max(made.kept, 1)}
+    terminal.data(json.dumps({"output": str(output), **counts, **means}) + "\n" if as_json else f"{output}\n")
+    if not as_json:
+        terminal.note(
+            f"{made.kept} of {made.drawn} captions kept; CIDEr-D {means['kept_score']:.3f}, "
+            f"of all that were drawn {means['drawn_score']:.3f}"
+        )
+
+
+def _write(output: Path, values: Any) -> None:
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(output)
