@@ -228,8 +228,24 @@ def test_a_backend_without_a_file_is_refused_when_the_model_is_loaded(tiny_bundl
     with pytest.raises(ModelError, match="no file for the vision backend onnx") as caught:
         llava_edge.load(tiny_bundle, vision_backend="onnx")
     assert caught.value.hint == "It runs with: mtmd."
-    with pytest.raises(InputError, match="vision_backend is 'cuda'; expected one of auto, onnx, mtmd"):
+    with pytest.raises(InputError, match="vision_backend is 'cuda'; expected one of auto, onnx, coreml"):
         llava_edge.load(tiny_bundle, vision_backend="cuda")
+
+
+def test_coreml_passes_the_same_self_check_or_says_that_this_is_no_mac(with_onnx: Callable[..., Path]) -> None:
+    import onnxruntime
+
+    is_mac = "CoreMLExecutionProvider" in onnxruntime.get_available_providers()
+    refused = "coreml is wrong on this machine" if is_mac else "only a Mac has"
+    with (
+        llava_edge.load(with_onnx(of_mtmd=True), n_threads=1, n_ctx=512, vision_backend="coreml") as wrong,
+        pytest.raises(ModelError, match=refused),
+    ):
+        wrong.open_vision()
+    if is_mac:
+        with llava_edge.load(with_onnx(), n_threads=1, n_ctx=512, vision_backend="coreml") as model:
+            model.open_vision()
+            assert model.vision_backend == "coreml"
 
 
 def test_a_raw_pair_runs_only_with_mtmd(tiny_llm: Path, tiny_mmproj: Path) -> None:

@@ -44,10 +44,10 @@ threads_option = click.option(
 vision_backend_option = click.option(
     "--vision-backend",
     metavar="NAME",
-    type=click.Choice(["auto", "onnx", "mtmd", "native"]),
+    type=click.Choice(["auto", "onnx", "coreml", "mtmd", "native"]),
     default="auto",
     show_default=True,
-    help="What reads pictures: auto, onnx, mtmd or native (libllava_edge, if it is installed).",
+    help="What reads pictures: auto, onnx, coreml (a Mac), mtmd or native (libllava_edge, if it is installed).",
 )
 how_it_runs = together(
     click.option(

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Choice = Literal["auto", "onnx", "mtmd", "native"]
-CHOICES: tuple[Choice, ...] = ("auto", "onnx", "mtmd", "native")
-ROLE_OF: dict[str, Role] = {"onnx": "vision_onnx", "mtmd": "mmproj", "native": "mmproj"}
+Choice = Literal["auto", "onnx", "coreml", "mtmd", "native"]
+CHOICES: tuple[Choice, ...] = ("auto", "onnx", "coreml", "mtmd", "native")
+ROLE_OF: dict[str, Role] = {"onnx": "vision_onnx", "coreml": "vision_onnx", "mtmd": "mmproj", "native": "mmproj"}
 
 
 def candidates(bundle: Bundle, choice: str) -> list[str]:
@@ -69,10 +69,10 @@ def _open(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
 def make_encoder(bundle: Bundle, engine: Engine, name: str) -> VisionEncoder:
     """A backend by name, not yet checked."""
     path = bundle.file(ROLE_OF[name])
-    if name == "onnx":
+    if name in ("onnx", "coreml"):
         from llava_edge.vision.onnx import OnnxEncoder
 
-        return OnnxEncoder(path, bundle.manifest.image, engine)
+        return OnnxEncoder(path, bundle.manifest.image, engine, coreml=name == "coreml")
     if name == "native":
         return native.NativeEncoder(path, engine)
     from llava_edge.vision.mtmd import MtmdEncoder

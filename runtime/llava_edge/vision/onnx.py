@@ -1,4 +1,4 @@
-"""The tower and projector of a bundle's ONNX file, run by ONNX Runtime on the CPU.
+"""The tower and projector of a bundle's ONNX file, run by ONNX Runtime on the CPU, or by CoreML on a Mac.
 
 One picture (or tile) a call: dynamic quantisation takes its scales over a whole batch, so that a picture's embeddings
 would depend on its neighbours.
@@ -29,24 +29,34 @@ if TYPE_CHECKING:
 _FATAL = 4
 _LOOK_SECONDS = 0.02
 WATCHER = "llava-edge-stop"
+_CPU, _COREML = "CPUExecutionProvider", "CoreMLExecutionProvider"
 
 
 class OnnxEncoder:
     """A vision tower that belongs to a loaded language model.
 
+    With ``coreml`` a Mac's CoreML runs what it can of it, on GPU and neural engine too, and the CPU the rest: products
+    in int8 among that, so that it suits a file in fp32.
+
     Raises
     ------
     ModelError
-        No such file, not a vision tower in ONNX, or one for other pictures or another width of embeddings.
+        No such file, not a vision tower in ONNX, one for other pictures or another width of embeddings, or no CoreML.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], spec: ImageSpec, engine: Engine, *, n_threads: int | None = None
+        self,
+        path: str | os.PathLike[str],
+        spec: ImageSpec,
+        engine: Engine,
+        *,
+        n_threads: int | None = None,
+        coreml: bool = False,
     ) -> None:
         self.path = Path(path)
         self._spec = spec
         self._engine = engine
-        self._session: Any = _open_session(self.path, n_threads or engine.n_threads)
+        self._session: Any = _open_session(self.path, n_threads or engine.n_threads, coreml)
         self._input = self._checked_input()
         (output,) = self._session.get_outputs()
         if len(output.shape) != 3:
@@ -129,7 +139,7 @@ def version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _open_session(path: Path, n_threads: int) -> Any:
+def _open_session(path: Path, n_threads: int, coreml: bool) -> Any:
     if not path.is_file():
         raise ModelError(f"no such model file: {path}", hint="Check the path.")
     try:
@@ -139,6 +149,12 @@ def _open_session(path: Path, n_threads: int) -> Any:
             f"ONNX Runtime, which runs {path.name}, can't be loaded: {error}", hint="pip install --upgrade onnxruntime"
         ) from None
 
+    found = onnxruntime.get_available_providers()
+    if coreml and _COREML not in found:
+        raise ModelError(
+            f"this ONNX Runtime has no CoreML, which only a Mac has; it has {', '.join(found)}",
+            hint="Take the vision backend onnx.",
+        )
     onnxruntime.set_default_logger_severity(_FATAL)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = n_threads
@@ -147,7 +163,8 @@ def _open_session(path: Path, n_threads: int) -> Any:
     # Its threads would spin on, while llama.cpp needs the cores to read the picture.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
-        return onnxruntime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+        providers: list[Any] = [(_COREML, {"ModelFormat": "MLProgram"})] if coreml else []
+        return onnxruntime.InferenceSession(os.fspath(path), options, providers=[*providers, _CPU])
     except Exception as error:  # ONNX Runtime raises a class of its own for every status
         raise ModelError(
             f"{path} can't be loaded as a vision tower: {error}", hint="The file is damaged, or of another kind."

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIN_COSINE = 0.99
-_LIBRARY = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime", "native": "libllava_edge"}
+_LIBRARY = {"mtmd": "llama-cpp-python", "onnx": "onnxruntime", "coreml": "onnxruntime", "native": "libllava_edge"}
 
 
 def check(encoder: VisionEncoder, bundle: Bundle, role: Role, backend: str) -> float | None:
