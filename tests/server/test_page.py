@@ -122,14 +122,67 @@ def test_a_question_is_edited_with_its_picture(open_page: Callable[..., Any]) ->
     page.set_input_files("#files", [CAT, EXAMPLES / "coffee.jpg"])
     page.locator("#attached img").nth(1).wait_for()
     ask(page, "What is it?")
-    page.keyboard.press("ArrowUp")
+    ask(page, "Are you sure?")
+    page.locator(".user button", has_text="Edit").first.click()
     assert page.input_value("#question") == "What is it?"
     assert page.locator("#attached img").count() == 2
     page.locator("#attached button").first.click()
-    ask(page, "What is this?")
+    page.fill("#question", "What is this?")
+    page.keyboard.press("Enter")
+    page.locator(".user .text", has_text="What is this?").wait_for()
+    page.locator(DONE).wait_for()
     assert page.locator(".user").count() == 1
     assert page.locator(".user img").count() == 1
     assert page.locator(".user .text").inner_text() == "What is this?"
+
+
+def test_a_question_that_is_not_edited_after_all_loses_nothing(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    drop(page, CAT)
+    page.wait_for_selector("#attached img")
+    ask(page, "What is it?")
+    answer = ask(page, "Is it a dog?")
+    for leave in ("Escape", "button"):
+        page.keyboard.press("ArrowUp")
+        assert page.input_value("#question") == "Is it a dog?"
+        assert page.locator(".replaced").count() == 2
+        if leave == "Escape":
+            page.keyboard.press("Escape")
+        else:
+            page.click("#cancel-edit")
+        assert page.input_value("#question") == ""
+        assert page.locator(".replaced").count() == 0
+        assert page.locator(f"{DONE} .text").last.inner_text() == answer
+    page.keyboard.press("ArrowUp")
+    page.reload()
+    page.wait_for_selector("#status.ready")
+    assert page.locator(f"{DONE} .text").last.inner_text() == answer
+
+
+def test_a_question_waits_for_the_picture_that_is_being_attached(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+
+    def drop_and_ask(path: Path, question: str) -> None:
+        """In one task of the browser, so that the file can't have been read before."""
+        page.evaluate(
+            """([data, question]) => {
+                document.getElementById("question").value = question;
+                const dataTransfer = new DataTransfer();
+                const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+                dataTransfer.items.add(new File([bytes], "dropped.jpg", { type: "image/jpeg" }));
+                document.dispatchEvent(new DragEvent("drop", { dataTransfer }));
+                document.getElementById("composer").requestSubmit();
+            }""",
+            [base64.b64encode(path.read_bytes()).decode(), question],
+        )
+
+    drop_and_ask(CAT, "What animal is in this picture?")
+    page.locator(DONE).wait_for()
+    assert page.locator(".user img").count() == 1
+    drop_and_ask(Path(__file__), "And this one?")
+    page.locator("#alert", has_text="can't be read as a picture").wait_for()
+    assert page.locator(".user").count() == 1
+    assert page.input_value("#question") == "And this one?"
 
 
 def test_a_picture_is_pasted(open_page: Callable[..., Any]) -> None:

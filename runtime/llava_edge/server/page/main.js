@@ -6,6 +6,10 @@ const AHEAD_AFTER = 250; // milliseconds after the last change, so that several 
 const KEEP_EVERY = 500; // milliseconds between copies of an answer that is being written
 let conversation;
 let attached = [];
+let attaching = Promise.resolve(); // until all files that were given are read
+let refused = 0; // files that could not be
+let editing = null; // the number of the question that is written anew, and what was in the composer before
+let asking = false; // a question waits for its pictures
 let answering = null; // the AbortController of the answer that is being written
 let ahead = null; // pictures that are read before there is a question: a timer, and the AbortController of the request
 let model = null;
@@ -22,6 +26,7 @@ function warn(text) {
 // Conversations
 
 function begin() {
+  endEdit(true);
   conversation = { id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), title: "", messages: [], changed: 0 };
   show();
   readAhead();
@@ -42,6 +47,8 @@ function refresh() {
   $(answering ? "stop" : "send").hidden = false;
   hide($(answering ? "send" : "stop"), answering ? $("stop") : $("question"));
   $("attached").hidden = !attached.length;
+  $("editing").hidden = !editing;
+  for (const [index, node] of [...scroller.children].entries()) node.classList.toggle("replaced", Boolean(editing) && index >= editing.index);
   if (!attached.length || conversation.messages.length || $("question").value) hide($("suggestions"), answering ? $("stop") : $("question"));
   else $("suggestions").hidden = false;
   list();
@@ -78,6 +85,7 @@ function cross() {
 
 function select(each) {
   stop();
+  endEdit(true);
   conversation = each;
   show();
   readAhead();
@@ -140,20 +148,32 @@ function view(picture) {
   $("viewer").showModal();
 }
 
+// What follows the question stays until the new one is asked.
 function editQuestion(index) {
-  const message = conversation.messages[index];
   stop();
-  conversation.messages.length = index;
-  attached = [...message.pictures];
-  $("question").value = message.text;
-  show();
+  const before = editing?.before ?? { text: $("question").value, pictures: attached };
+  editing = { index, before };
+  compose(conversation.messages[index].text, [...conversation.messages[index].pictures]);
+  $("question").focus();
+}
+
+function endEdit(restore) {
+  if (!editing) return;
+  const { before } = editing;
+  editing = null;
+  if (restore) compose(before.text, before.pictures);
+}
+
+function compose(text, pictures) {
+  attached = pictures;
+  $("question").value = text;
   showAttached();
   resize();
-  $("question").focus();
 }
 
 function again(index) {
   stop();
+  endEdit(true);
   conversation.messages.length = index;
   show();
   answerQuestion();
@@ -162,17 +182,22 @@ function again(index) {
 // Asking
 
 async function ask() {
+  if (answering || asking) return;
+  asking = true;
+  const before = refused;
+  await attaching;
+  asking = false;
+  if (refused > before) return; // a question is not asked without the picture that it is about
   const text = $("question").value.trim();
   if (answering || !(text || attached.length)) return;
   warn("");
+  if (editing) conversation.messages.length = editing.index;
+  endEdit(false);
   conversation.messages.push({ role: "user", text, pictures: attached });
   conversation.title ||= text.slice(0, 80) || attached[0].name;
   const reading = ahead?.control; // it goes on, and the question finds what was read
   dropAhead(false);
-  attached = [];
-  $("question").value = "";
-  showAttached();
-  resize();
+  compose("", []);
   show();
   await answerQuestion(reading);
 }
@@ -268,11 +293,15 @@ function atEnd() {
 
 // Pictures for the next question
 
-async function attachFiles(files) {
+function attachFiles(files) {
   warn("");
-  for (const file of files) {
-    try { attach(await readPicture(file)); } catch (error) { warn(error.message); }
-  }
+  const before = attaching;
+  attaching = (async () => {
+    await before; // in the order in which they were given
+    for (const file of files) {
+      try { attach(await readPicture(file)); } catch (error) { warn(error.message); refused += 1; }
+    }
+  })();
   $("question").focus();
 }
 
@@ -300,7 +329,7 @@ function readAhead() {
   if (!attached.length || answering) return;
   const control = new AbortController();
   const timer = setTimeout(() => {
-    const messages = [...asMessages(conversation, conversation.messages.length), asQuestion({ pictures: attached, text: "" })];
+    const messages = [...asMessages(conversation, editing?.index ?? conversation.messages.length), asQuestion({ pictures: attached, text: "" })];
     readPictures(messages, control.signal).catch(() => {}); // the question meets the same error, where it can be shown
   }, AHEAD_AFTER);
   ahead = { control, timer };
@@ -323,6 +352,7 @@ function resize() {
 function listen() {
   $("composer").addEventListener("submit", (event) => { event.preventDefault(); ask(); });
   $("stop").addEventListener("click", () => { stop(); $("question").focus(); });
+  $("cancel-edit").addEventListener("click", () => { endEdit(true); $("question").focus(); });
   $("choose").addEventListener("click", () => $("files").click());
   $("drop-zone").addEventListener("click", () => $("files").click());
   $("camera").addEventListener("click", () => camera.open());
@@ -336,11 +366,12 @@ function listen() {
     const composing = event.isComposing || event.keyCode === 229; // Safari ends a composition before this event
     if (event.key === "Enter" && !event.shiftKey && !composing) { event.preventDefault(); ask(); }
     const last = conversation.messages.findLastIndex((message) => message.role === "user");
-    if (event.key === "ArrowUp" && !$("question").value && !attached.length && last >= 0) { event.preventDefault(); editQuestion(last); }
+    if (event.key === "ArrowUp" && !$("question").value && !attached.length && !editing && last >= 0) { event.preventDefault(); editQuestion(last); }
   });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
     if ($("sidebar").classList.contains("open")) sidebar(false);
+    else if (editing) endEdit(true);
     else stop();
   });
   document.addEventListener("paste", (event) => {
