@@ -185,6 +185,27 @@ def test_a_question_waits_for_the_picture_that_is_being_attached(open_page: Call
     assert page.input_value("#question") == "And this one?"
 
 
+def test_two_tabs_go_on_with_one_conversation(open_page: Callable[..., Any]) -> None:
+    first = open_page()
+    second = first.context.new_page()
+    second.goto(first.url)
+    second.wait_for_selector("#status.ready")
+    drop(first, CAT)
+    first.wait_for_selector("#attached img")
+    answer = ask(first, "What animal is in this picture?")
+    second.locator("#conversations .pick").click()
+    second.locator(f"{DONE} .text", has_text=answer).wait_for()
+    answer = ask(second, "Are you sure?")
+    first.locator(f"{DONE} .text", has_text=answer).last.wait_for()
+    assert first.locator(DONE).count() == 2
+    first.locator("#conversations .drop").click()
+    second.locator(".message").first.wait_for(state="detached")
+    for page in (first, second):
+        page.reload()
+        page.wait_for_selector("#status.ready")
+        assert page.locator("#conversations .pick").count() == 0
+
+
 def test_a_picture_is_pasted(open_page: Callable[..., Any]) -> None:
     page = open_page()
     page.evaluate(

@@ -73,7 +73,7 @@ function list() {
 
 function listElement(each) {
   const current = each.id === conversation.id;
-  const pick = element("button", { class: "pick", type: "button", "data-id": each.id, onclick: () => select(each) }, each.title || "Pictures");
+  const pick = element("button", { class: "pick", type: "button", "data-id": each.id, onclick: () => select(store.memory.get(each.id)) }, each.title || "Pictures");
   if (current) pick.setAttribute("aria-current", "true");
   const drop = element("button", { class: "drop icon", type: "button", "data-id": each.id, "aria-label": `Delete “${each.title}”`, onclick: () => forget(each) }, cross());
   return element("li", { class: current ? "current" : "" }, pick, drop);
@@ -97,6 +97,16 @@ function forget(each) {
   if (each.id !== conversation.id) { refresh(); return; }
   stop();
   begin();
+}
+
+// Another tab has changed or deleted it.
+function changedElsewhere(id) {
+  if (id !== conversation.id || answering) { refresh(); return; }
+  const each = store.memory.get(id);
+  if (!each) { begin(); return; }
+  conversation = each;
+  if (editing?.index >= each.messages.length) endEdit(true);
+  show();
 }
 
 // Messages
@@ -417,6 +427,7 @@ async function start() {
   }
   listen();
   await store.open();
+  store.onChange = changedElsewhere;
   const last = store.memory.get(settings.values.current);
   if (last) { conversation = last; show(); } else begin();
   connect();

@@ -3,6 +3,8 @@
 const store = {
   database: null,
   memory: new Map(),
+  tabs: null, // other tabs with this page, which keep the same conversations
+  onChange: () => {},
 
   async open() {
     this.database = await new Promise((resolve) => {
@@ -13,30 +15,44 @@ const store = {
       request.onerror = () => resolve(null);
     });
     for (const each of (await this.ask("readonly", (table) => table.getAll())) ?? []) this.memory.set(each.id, each);
+    this.tabs = new BroadcastChannel("llava-edge");
+    this.tabs.onmessage = ({ data }) => this.readAgain(data);
+  },
+
+  async readAgain(id) {
+    const each = await this.ask("readonly", (table) => table.get(id));
+    if (!this.database) return;
+    if (each) this.memory.set(id, each);
+    else this.drop(id);
+    this.onChange(id);
+  },
+
+  drop(id) {
+    const gone = this.memory.get(id);
+    if (gone) gone.deleted = true;
+    this.memory.delete(id);
   },
 
   list() {
     return [...this.memory.values()].sort((a, b) => b.changed - a.changed);
   },
 
-  save(conversation) {
-    if (conversation.deleted) return Promise.resolve(null); // while its answer was being written
+  async save(conversation) {
+    if (conversation.deleted) return; // while its answer was being written
     conversation.changed = Date.now();
     this.memory.set(conversation.id, conversation);
-    return this.ask("readwrite", (table) => table.put(conversation));
+    await this.ask("readwrite", (table) => table.put(conversation));
+    this.tabs?.postMessage(conversation.id);
   },
 
-  remove(id) {
-    const gone = this.memory.get(id);
-    if (gone) gone.deleted = true;
-    this.memory.delete(id);
-    return this.ask("readwrite", (table) => table.delete(id));
+  async remove(id) {
+    this.drop(id);
+    await this.ask("readwrite", (table) => table.delete(id));
+    this.tabs?.postMessage(id);
   },
 
-  clear() {
-    for (const gone of this.memory.values()) gone.deleted = true;
-    this.memory.clear();
-    return this.ask("readwrite", (table) => table.clear());
+  async clear() {
+    await Promise.all([...this.memory.keys()].map((id) => this.remove(id)));
   },
 
   ask(mode, work) {
