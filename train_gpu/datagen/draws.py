@@ -24,6 +24,9 @@ from llava_edge.train_gpu.precision import has_bfloat16
 from llava_edge.train_gpu.prompts import IMAGE, Renderer
 from llava_edge.train_gpu.samples import Sample
 
+# Leaving rows out of the KV cache copies it.
+_WORTH_KEEPING = 0.7
+
 Score = Callable[[str, Sequence[str]], float]
 """How well a caption agrees with what people say of the picture; more is better."""
 
@@ -129,25 +132,26 @@ class Drawer:
         cache.batch_repeat_interleave(count)
         logits = self._head(out.last_hidden_state[:, -1]).repeat_interleave(count, dim=0)  # [N * C, V]
         answers: list[list[int]] = [[] for _ in range(len(pictures) * count)]
-        writing = list(range(len(answers)))
+        rows, ended = list(range(len(answers))), set[int]()  # the answers that the cache's rows belong to
         embed = self._llm.get_input_embeddings()
         for _ in range(max_tokens):
             chances = torch.softmax(logits.float() / temperature, dim=-1)
-            tokens = torch.multinomial(chances, 1, generator=self._random)[:, 0]
-            on = [row for row, token in enumerate(tokens.tolist()) if token != self._tokenizer.eos_token_id]
-            writing = [writing[row] for row in on]
-            if not writing:
+            tokens = torch.multinomial(chances, 1, generator=self._random)
+            for answer, token in zip(rows, tokens[:, 0].tolist(), strict=True):
+                if token == self._tokenizer.eos_token_id:
+                    ended.add(answer)
+                elif answer not in ended:
+                    answers[answer].append(token)
+            if len(ended) == len(answers):
                 break
-            rows = torch.tensor(on)
-            tokens = tokens[rows]
-            for answer, token in zip(writing, tokens.tolist(), strict=True):
-                answers[answer].append(token)
-            cache.batch_select_indices(rows)
-            out = self._llm(inputs_embeds=embed(tokens[:, None]), past_key_values=cache, use_cache=True)
+            on = [row for row, answer in enumerate(rows) if answer not in ended]
+            if len(on) < _WORTH_KEEPING * len(rows):
+                cache.batch_select_indices(torch.tensor(on))
+                rows, tokens = [rows[row] for row in on], tokens[on]
+            out = self._llm(inputs_embeds=embed(tokens), past_key_values=cache, use_cache=True)
             logits = self._head(out.last_hidden_state[:, -1])
         texts = [text.strip() for text in self._tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        for answer in writing:
-            texts[answer] = ""  # it found no end
+        texts = [text if answer in ended else "" for answer, text in enumerate(texts)]
         return [texts[first : first + count] for first in range(0, len(texts), count)]
 
     def _prompt(self, question: str, pictures: Sequence[str]) -> torch.Tensor:
