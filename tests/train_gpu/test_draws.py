@@ -13,7 +13,8 @@ from PIL import Image
 from llava_edge.cli import cli
 from llava_edge.images import fit, normalize
 from llava_edge.train_gpu import build, checkpoint
-from llava_edge.train_gpu.datagen.draws import Asked, Drawer, best_captions
+from llava_edge.train_gpu.datagen.draws import Asked, Drawer, best_captions, draw_all
+from llava_edge.train_gpu.datagen.generate import Progress
 from llava_edge.train_gpu.features import encode_pixels
 
 from .conftest import SPEC
@@ -55,7 +56,7 @@ def test_without_chance_the_draws_are_what_transformers_answers(ending: Path, wo
     assert ended
 
 
-def test_the_best_of_what_was_drawn_are_kept(ending: Path, workspace: Path) -> None:
+def test_the_best_of_what_was_drawn_are_kept(ending: Path, workspace: Path, tmp_path: Path) -> None:
     asked = [Asked(f"{index}.png", QUESTION, ("It is red.", "A red picture")) for index in range(8)]
 
     def score(text: str, references: object) -> float:
@@ -64,8 +65,16 @@ def test_the_best_of_what_was_drawn_are_kept(ending: Path, workspace: Path) -> N
     def drawer() -> Drawer:
         return Drawer(ending, workspace / "features", "chatml", image_tokens=4, seed=3)
 
-    (*_, made) = best_captions(drawer(), asked, score, count=6, keep=2, temperature=1.0, batch_size=8)
-    drawn = drawer().draw(QUESTION, [one.picture for one in asked], 6, 1.0, 32)
+    settings = {"of": "this test"}
+    progress = Progress(tmp_path / "out.json", settings, resume=False)
+    steps = draw_all(drawer(), asked, progress, count=6, temperature=1.0, batch_size=3)
+    assert [next(steps), next(steps)] == [0, 3]  # and here it is stopped
+    progress = Progress(tmp_path / "out.json", settings, resume=True)
+    assert list(draw_all(drawer(), asked, progress, count=6, temperature=1.0, batch_size=8)) == [3, 8]
+    made = best_captions(asked, progress, score, keep=2)
+    drawn = [progress.done[one.picture]["texts"] for one in asked]
+    again = drawer().draw(QUESTION, [one.picture for one in asked[:3]], 6, 1.0, 32)
+    assert drawn[:3] == again
     expected = [sorted({t for t in texts if t}, key=len)[:2] for texts in drawn]
     kept = {one.picture: [] for one in asked}
     for sample in made.samples:

@@ -18,6 +18,7 @@ import torch
 
 from llava_edge.errors import InputError
 from llava_edge.train_gpu.build import load_model, load_tokenizer
+from llava_edge.train_gpu.datagen.generate import Progress
 from llava_edge.train_gpu.features import FeatureCache
 from llava_edge.train_gpu.model import pool_tokens
 from llava_edge.train_gpu.precision import has_bfloat16
@@ -165,41 +166,46 @@ class Drawer:
         return torch.cat([texts[0], images, texts[1]], dim=1)
 
 
-def best_captions(
+def draw_all(
     drawer: Drawer,
     asked: Sequence[Asked],
-    score: Score,
+    progress: Progress,
     *,
     count: int,
-    keep: int,
     temperature: float,
     max_tokens: int = 32,
     batch_size: int = 48,
-) -> Iterator[Statistics]:
-    """Draw ``count`` captions of each picture and keep the ``keep`` best that differ. Yields after each batch."""
-    statistics = Statistics()
+) -> Iterator[int]:
+    """Draw ``count`` captions of each picture that ``progress`` lacks. Yields how many it has, after each batch."""
     by_question: dict[str, list[Asked]] = {}
     for one in asked:
-        by_question.setdefault(one.question, []).append(one)
+        if one.question.count(IMAGE) != 1:
+            raise InputError(f"the question {one.question!r} has no single {IMAGE}")
+        if one.picture not in progress.done:
+            by_question.setdefault(one.question, []).append(one)
+    yield len(progress.done)
     for question, group in by_question.items():
-        if question.count(IMAGE) != 1:
-            raise InputError(f"the question {question!r} has no single {IMAGE}")
         for first in range(0, len(group), batch_size):
-            batch = group[first : first + batch_size]
-            drawn = drawer.draw(question, [one.picture for one in batch], count, temperature, max_tokens)
-            for one, texts in zip(batch, drawn, strict=True):
-                _keep(statistics, one, texts, score, keep)
-            yield statistics
+            names = [one.picture for one in group[first : first + batch_size]]
+            drawn = drawer.draw(question, names, count, temperature, max_tokens)
+            for name, texts in zip(names, drawn, strict=True):
+                progress.add({"image": name, "texts": texts})
+            yield len(progress.done)
 
 
-def _keep(statistics: Statistics, one: Asked, texts: list[str], score: Score, keep: int) -> None:
-    scores = {text: score(text, one.references) for text in texts if text}
-    best = sorted(scores, key=lambda text: -scores[text])[:keep]
-    statistics.pictures += 1
-    statistics.drawn += len(texts)
-    statistics.drawn_score += sum(scores.get(text, 0.0) for text in texts)
-    statistics.kept += len(best)
-    statistics.kept_score += sum(scores[text] for text in best)
-    for number, text in enumerate(best):
-        turns = [{"from": "human", "value": one.question}, {"from": "gpt", "value": text}]
-        statistics.samples.append({"id": f"{one.picture}#{number}", "image": one.picture, "conversations": turns})
+def best_captions(asked: Sequence[Asked], progress: Progress, score: Score, keep: int) -> Statistics:
+    """Of what was drawn, the ``keep`` best of each picture that differ, as samples."""
+    statistics = Statistics()
+    for one in asked:
+        texts = progress.done[one.picture]["texts"]
+        scores = {text: score(text, one.references) for text in texts if text}
+        best = sorted(scores, key=lambda text: -scores[text])[:keep]
+        statistics.pictures += 1
+        statistics.drawn += len(texts)
+        statistics.drawn_score += sum(scores.get(text, 0.0) for text in texts)
+        statistics.kept += len(best)
+        statistics.kept_score += sum(scores[text] for text in best)
+        for number, text in enumerate(best):
+            turns = [{"from": "human", "value": one.question}, {"from": "gpt", "value": text}]
+            statistics.samples.append({"id": f"{one.picture}#{number}", "image": one.picture, "conversations": turns})
+    return statistics

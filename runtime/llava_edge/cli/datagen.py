@@ -240,6 +240,7 @@ def filter_captions(
 @click.option("--temperature", type=click.FloatRange(0, 2, min_open=True), default=1.0, show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many pictures.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with the pictures that a stopped run left.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON.")
 @debug_option
@@ -257,6 +258,7 @@ def best_captions(
     temperature: float,
     limit: int | None,
     seed: int,
+    resume: bool,
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -270,19 +272,25 @@ def best_captions(
     """
     from llava_edge.bench.tasks.cider import CiderD
     from llava_edge.train_gpu.datagen import draws as drawing
+    from llava_edge.train_gpu.datagen.generate import Progress
     from llava_edge.train_gpu.samples import read_json
 
     values = read_json(samples)
-    asked = drawing.read_asked(values, source, references)
-    scorer = CiderD([one.references for one in asked])
+    every = drawing.read_asked(values, source, references)
+    asked = every[:limit]
     drawer = drawing.Drawer(checkpoint, features, prompt_format, image_tokens, seed)
-    with click.progressbar(length=len(asked[:limit]), label="pictures", file=sys.stderr, hidden=quiet) as bar:
-        for made in drawing.best_captions(
-            drawer, asked[:limit], scorer.score, count=draws, keep=keep, temperature=temperature
-        ):
-            bar.update(made.pictures - bar.pos)
+    settings = {
+        "checkpoint": str(checkpoint.resolve()), "pictures": [one.picture for one in asked], "draws": draws,
+        "image_tokens": image_tokens, "temperature": temperature, "seed": seed, "format": prompt_format,
+    }  # fmt: skip
+    progress = Progress(output, settings, resume=resume)
+    with click.progressbar(length=len(asked), label="pictures", file=sys.stderr, hidden=quiet) as bar:
+        for done in drawing.draw_all(drawer, asked, progress, count=draws, temperature=temperature):
+            bar.update(done - bar.pos)
+    made = drawing.best_captions(asked, progress, CiderD([one.references for one in every]).score, keep)
     values[f"{source}-best"] = made.samples
     _write(output, values)
+    progress.finish()
     counts = {"pictures": made.pictures, "drawn": made.drawn, "kept": made.kept}
     means = {"drawn_score": made.drawn_score / made.drawn, "kept_score": made.kept_score / max(made.kept, 1)}
     terminal.data(json.dumps({"output": str(output), **counts, **means}) + "\n" if as_json else f"{output}\n")
