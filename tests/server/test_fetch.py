@@ -355,6 +355,18 @@ def test_every_address_of_a_name_has_to_be_allowed(addresses: list[str], names: 
     refused(sites.redirect(f"http://photos.test:{sites.port}/picture"), sites, "private network")
 
 
+def test_an_address_that_does_not_answer_gives_way_to_the_next(names: Names, sites: Sites) -> None:
+    silent = "127.0.0.9"
+    names.known["photos.test"] = [[silent, FRONT]]
+    names.known["gone.test"] = [[silent, silent]]
+
+    def allowed(address: str) -> bool:
+        return address in (silent, FRONT)
+
+    assert fetch_now(f"http://photos.test:{sites.port}/picture", allowed) == b"picture"
+    refused(f"http://gone.test:{sites.port}/picture", sites, "can't be reached: ConnectionRefusedError", allowed)
+
+
 def test_a_name_without_an_address(names: Names, sites: Sites) -> None:
     refused(f"http://nothing.test:{sites.port}/picture", sites, "is not known")
 

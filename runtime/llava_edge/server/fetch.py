@@ -116,10 +116,7 @@ def _connect(parts: SplitResult, allowed: Callable[[str], bool], deadline: float
     addresses = [str(entry[4][0]) for entry in found]
     if not addresses or not all(allowed(address.partition("%")[0]) for address in addresses):
         raise ImageError("the picture's address leads into a private network, which is not allowed")
-    try:
-        plain = socket.create_connection((addresses[0], port), timeout=_left(deadline))
-    except OSError as error:
-        raise ImageError(f"the picture's server can't be reached: {type(error).__name__}") from None
+    plain = _reach(list(dict.fromkeys(addresses)), port, deadline)
     connection = http.client.HTTPConnection(host, port, timeout=_left(deadline))
     connection.default_port = _PORTS[parts.scheme]  # it is left out of the Host that is asked for
     try:
@@ -129,6 +126,16 @@ def _connect(parts: SplitResult, allowed: Callable[[str], bool], deadline: float
         plain.close()
         raise ImageError(f"the picture's server can't be trusted: {type(error).__name__}") from None
     return connection
+
+
+def _reach(addresses: list[str], port: int, deadline: float) -> socket.socket:
+    """A connection to the first address that answers: a machine may have no way to those of IPv6, or to some."""
+    for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+        try:
+            return socket.create_connection((address, port), timeout=_left(deadline) / left)
+        except OSError as error:
+            failed = error
+    raise ImageError(f"the picture's server can't be reached: {type(failed).__name__}") from None
 
 
 def _shut(connected: socket.socket) -> None:
