@@ -71,7 +71,7 @@ def test_the_best_of_what_was_drawn_are_kept(ending: Path, workspace: Path, tmp_
     assert [next(steps), next(steps)] == [0, 3]  # and here it is stopped
     progress = Progress(tmp_path / "out.json", settings, resume=True)
     assert list(draw_all(drawer(), asked, progress, count=6, temperature=1.0, batch_size=8)) == [3, 8]
-    made = best_captions(asked, progress, score, keep=2)
+    made = best_captions(asked, progress, score, keep=2, min_score=-1000)
     drawn = [progress.done[one.picture]["texts"] for one in asked]
     again = drawer().draw(QUESTION, [one.picture for one in asked[:3]], 6, 1.0, 32)
     assert drawn[:3] == again
@@ -82,6 +82,8 @@ def test_the_best_of_what_was_drawn_are_kept(ending: Path, workspace: Path, tmp_
         kept[sample["image"]].append(sample["conversations"][1]["value"])
     assert [[len(t) for t in kept[one.picture]] for one in asked] == [[len(t) for t in best] for best in expected]
     assert made.kept == sum(map(len, expected)) > 8
+    few = best_captions(asked, progress, score, keep=2, min_score=-3)
+    assert few.kept == sum(len(text) <= 3 for best in expected for text in best) < made.kept
 
 
 def test_the_command_adds_a_source_to_the_samples(ending: Path, workspace: Path, tmp_path: Path) -> None:
@@ -89,6 +91,7 @@ def test_the_command_adds_a_source_to_the_samples(ending: Path, workspace: Path,
     arguments = [
         *("datagen", "best-captions", str(ending), "-o", str(out), "--samples", str(workspace / "samples.json")),
         *("--features", str(workspace / "features"), "--source", "colours", "--image-tokens", "4", "--json"),
+        *("--min-score", "0"),
     ]
     done = CliRunner().invoke(cli, [*arguments, "--references", "colours"])
     assert done.exit_code == 0, done.output

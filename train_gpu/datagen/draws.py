@@ -193,13 +193,15 @@ def draw_all(
             yield len(progress.done)
 
 
-def best_captions(asked: Sequence[Asked], progress: Progress, score: Score, keep: int) -> Statistics:
-    """Of what was drawn, the ``keep`` best of each picture that differ, as samples."""
+def best_captions(
+    asked: Sequence[Asked], progress: Progress, score: Score, keep: int, min_score: float = 0.0
+) -> Statistics:
+    """Of what was drawn, the ``keep`` best of each picture that differ and have ``min_score`` or more, as samples."""
     statistics = Statistics()
     for one in asked:
         texts = progress.done[one.picture]["texts"]
         scores = {text: score(text, one.references) for text in texts if text}
-        best = sorted(scores, key=lambda text: -scores[text])[:keep]
+        best = [text for text in sorted(scores, key=lambda text: -scores[text])[:keep] if scores[text] >= min_score]
         statistics.pictures += 1
         statistics.drawn += len(texts)
         statistics.drawn_score += sum(scores.get(text, 0.0) for text in texts)

@@ -237,7 +237,9 @@ def filter_captions(
 @click.option("--image-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens of a picture.")
 @click.option("--draws", type=click.IntRange(1), default=5, show_default=True, help="Captions drawn of each picture.")
 @click.option("--keep", type=click.IntRange(1), default=2, show_default=True, help="Captions kept of each, at most.")
-@click.option("--temperature", type=click.FloatRange(0, 2, min_open=True), default=1.0, show_default=True)
+@click.option("--min-score", type=click.FloatRange(0), default=0.25, show_default=True,
+              help="CIDEr-D that a caption has to have, as 1.0 is printed in papers as 100.")  # fmt: skip
+@click.option("--temperature", type=click.FloatRange(0, 2, min_open=True), default=0.7, show_default=True)
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many pictures.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--resume", is_flag=True, help="Go on with the pictures that a stopped run left.")
@@ -255,6 +257,7 @@ def best_captions(
     image_tokens: int,
     draws: int,
     keep: int,
+    min_score: float,
     temperature: float,
     limit: int | None,
     seed: int,
@@ -287,7 +290,7 @@ def best_captions(
     with click.progressbar(length=len(asked), label="pictures", file=sys.stderr, hidden=quiet) as bar:
         for done in drawing.draw_all(drawer, asked, progress, count=draws, temperature=temperature):
             bar.update(done - bar.pos)
-    made = drawing.best_captions(asked, progress, CiderD([one.references for one in every]).score, keep)
+    made = drawing.best_captions(asked, progress, CiderD([one.references for one in every]).score, keep, min_score)
     values[f"{source}-best"] = made.samples
     _write(output, values)
     progress.finish()
