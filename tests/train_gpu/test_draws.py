@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from llava_edge.cli import cli
+from llava_edge.errors import InputError
 from llava_edge.images import fit, normalize
 from llava_edge.train_gpu import build, checkpoint
-from llava_edge.train_gpu.datagen.draws import Asked, Drawer, best_captions, draw_all
+from llava_edge.train_gpu.datagen.draws import Asked, Drawer, best_captions, draw_all, read_asked
 from llava_edge.train_gpu.datagen.generate import Progress
 from llava_edge.train_gpu.features import encode_pixels
 
@@ -101,6 +102,12 @@ def test_the_command_adds_a_source_to_the_samples(ending: Path, workspace: Path,
     assert told["kept"] == len(values["colours-best"]) > 0
     assert told["kept_score"] >= told["drawn_score"]
     assert values["colours"] == json.loads((workspace / "samples.json").read_text())["colours"]
+
+    text = {"id": "t", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]}
+    values["plain"] = [*values["colours"], text]
+    assert read_asked(values, "colours", "plain") == read_asked(values, "colours", "colours")
+    with pytest.raises(InputError, match="not LLaVA JSON"):
+        read_asked({"colours": [{"image": "0.png"}]}, "colours", "colours")
 
     wrong = CliRunner().invoke(cli, [*arguments, "--references", "people"])
     assert wrong.exit_code != 0

@@ -8,7 +8,7 @@ Shapes: N pictures, C captions of each, S positions, D width of the LLM, V its v
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from llava_edge.train_gpu.features import FeatureCache
 from llava_edge.train_gpu.model import pool_tokens
 from llava_edge.train_gpu.precision import has_bfloat16
 from llava_edge.train_gpu.prompts import IMAGE, Renderer
-from llava_edge.train_gpu.samples import Sample
+from llava_edge.train_gpu.samples import Sample, from_llava
 
 # Leaving rows out of the KV cache copies it.
 _WORTH_KEEPING = 0.7
@@ -67,17 +67,25 @@ def read_asked(values: Any, source: str, references: str) -> list[Asked]:
         found = sorted(values) if isinstance(values, dict) else "no sources"
         raise InputError(f"the samples have {found}; expected {source!r} and {references!r}")
     said: dict[str, list[str]] = {}
-    for sample in values[references]:
-        said.setdefault(sample["image"], []).append(sample["conversations"][1]["value"])
+    for name, _, answer in _first_turns(values[references]):
+        said.setdefault(name, []).append(answer)
     questions: dict[str, str] = {}
-    for sample in values[source]:
-        questions.setdefault(sample["image"], sample["conversations"][0]["value"])
+    for name, question, _ in _first_turns(values[source]):
+        questions.setdefault(name, question)
     asked = [
         Asked(name, question, tuple(said[name])) for name, question in questions.items() if len(said.get(name, ())) > 1
     ]
     if not asked:
         raise InputError(f"no picture of {source!r} has two captions or more in {references!r}")
     return asked
+
+
+def _first_turns(items: Iterable[Any]) -> Iterator[tuple[str, str, str]]:
+    """Picture, first question and first answer of each sample that has one picture."""
+    for item in items:
+        sample = from_llava(item, Path())
+        if len(sample.pictures) == 1:
+            yield sample.pictures[0].name, *sample.turns[0]
 
 
 class Drawer:
