@@ -248,14 +248,15 @@ def _write(output: Path, records: list[dict[str, Any]]) -> None:
             said.append({"from": "gpt", "value": answer})
         name = record["image"]
         samples.append({"id": Path(name).stem, "image": name, "conversations": said})
-    _replace(output, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
-    _replace(
+    replace_text(output, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+    replace_text(
         output.with_name(output.name + ".rejects.jsonl"),
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejects),
     )
 
 
-def _replace(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; LlavaEdgeError if it can't be written."""
     partial = path.with_name(path.name + ".partial")
     try:
         partial.write_text(text, encoding="utf-8")

@@ -305,6 +305,6 @@ def best_captions(
 
 
 def _write(output: Path, values: Any) -> None:
-    partial = output.with_name(output.name + ".partial")
-    partial.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(output)
+    from llava_edge.train_gpu.datagen.generate import replace_text
+
+    replace_text(output, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
