@@ -58,8 +58,21 @@ def likeliest(logits: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     if 0 < count < len(logits):
         edge = np.partition(logits, len(logits) - count)[len(logits) - count]
         some = np.flatnonzero(logits >= edge)
-        return some[np.argsort(-logits[some], kind="stable")][:count]
-    return np.argsort(-logits, kind="stable")
+        return some[_falling(logits[some])][:count]
+    return _falling(logits)
+
+
+def _falling(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The places of logits in falling order, equal ones as they come.
+
+    One sort of whole numbers, each made of a logit and its place: NumPy has instructions for that which it has not for
+    a stable sort of floats, and a vocabulary takes a fifth of the time.
+    """
+    bits = (logits + np.float32(0)).view(np.uint32)  # no -0, which would lie beside 0
+    rising = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+    keys = (~rising).astype(np.uint64) << np.uint64(32) | np.arange(len(logits), dtype=np.uint64)
+    keys.sort()
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:

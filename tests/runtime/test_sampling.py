@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from llava_edge.errors import InputError, ModelError
-from llava_edge.sampling import Sampler, candidates
+from llava_edge.sampling import Sampler, candidates, likeliest
 from llava_edge.types import SamplingParams
 
 OFF = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}
@@ -77,6 +77,17 @@ def test_filters_narrow_the_choice(options: dict[str, float], kept: list[int]) -
 def test_equal_logits_at_the_edge_of_top_k_keep_the_lower_ids() -> None:
     ids, _ = candidates(np.zeros(50, np.float32), SamplingParams(temperature=1.0, top_k=3, top_p=1.0, min_p=0.0))
     assert ids.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("size", [1, 2, 257, 5000])
+def test_a_whole_vocabulary_falls_and_equals_keep_their_order(size: int) -> None:
+    chance = np.random.default_rng(size)
+    spread = chance.standard_normal(size).astype(np.float32)
+    tied = np.round(spread * 2).astype(np.float32)
+    tied[chance.random(size) < 0.2] = -0.0
+    tied[chance.random(size) < 0.2] = -np.inf
+    for logits in (spread, tied, spread * np.float32(1e-42)):
+        assert likeliest(logits, 0).tolist() == sorted(range(size), key=lambda place: (-logits[place], place))
 
 
 def test_small_temperatures_do_not_overflow() -> None:
