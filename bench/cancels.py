@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image
 
 from llava_edge.bench.http_client import Client, quantiles
+from llava_edge.engine import DEFAULT_BATCH
 
 STORY = "Write a long story about a dog that crosses the sea. Tell it in many chapters."
 NUMBERS = 300  # two or three tokens each
-BATCH_TOKENS = 512  # what the engine reads in one go
 
 
 def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
     return {
         "count": count,
         "token_seconds": quantiles(gaps),
-        "batch_seconds": long.ttft_seconds * BATCH_TOKENS / max(BATCH_TOKENS, long.prompt_tokens),
+        "batch_seconds": long.ttft_seconds * DEFAULT_BATCH / max(DEFAULT_BATCH, long.prompt_tokens),
         "picture_seconds": seen.ttft_seconds,
         **{f"{kind}_seconds_until_free": quantiles(values) for kind, values in found.items()},
     }

@@ -13,8 +13,8 @@ from llava_edge.bench.progress import Progress, Say
 from llava_edge.bench.record import Metric
 from llava_edge.bench.tasks.asking import Asker
 from llava_edge.bench.tasks.reading import Data
-from llava_edge.bench.tasks.run import Plan, ask, plan_run
-from llava_edge.bench.tasks.samples import Sample
+from llava_edge.bench.tasks.run import Plan, ask, plan_run, together
+from llava_edge.bench.tasks.samples import Record
 from llava_edge.bench.tasks.task import Task, make_task
 
 
@@ -54,7 +54,11 @@ def measure_tasks(subject: Subject, tasks: Sequence[QuantsTask], threads: int, s
         asker = Asker(model)
         for entry in tasks:
             progress = Progress(f"{subject.label}: {entry.name}", len(entry.plan.samples), say)
-            records = [ask(entry.task, asker, *pair) for pair in _counted(entry.plan.samples, progress)]
+            records = [
+                record
+                for group in together(entry.plan.samples, asker.width)
+                for record in _counted(ask(entry.task, asker, group), progress)
+            ]
             metric = entry.task.summarize(records)[entry.task.headline]
             if metric.value is not None:
                 interval = None if metric.low is None or metric.high is None else (metric.low, metric.high)
@@ -62,7 +66,7 @@ def measure_tasks(subject: Subject, tasks: Sequence[QuantsTask], threads: int, s
     return found
 
 
-def _counted(samples: Sequence[tuple[int, Sample]], progress: Progress) -> Iterator[tuple[int, Sample]]:
-    for pair in samples:
-        yield pair
+def _counted(records: Iterator[Record], progress: Progress) -> Iterator[Record]:
+    for record in records:
+        yield record
         progress.step()

@@ -1,7 +1,7 @@
-"""Ask a model one question after the other, each as a conversation of its own.
+"""Ask a model questions, each as a conversation of its own.
 
-The KV cache keeps the longest common beginning of two prompts, so that questions on one picture that follow each other
-cost one reading of it.
+Questions on one picture that follow each other cost one reading of it, and are themselves read and answered together
+where the engine has sequences for them and that changes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from llava_edge.generate import Generation, generate
 from llava_edge.prompt import ImageRef, TokenRun, Unit
 from llava_edge.sampling import Sampler
+from llava_edge.side_by_side import SideBySide
 from llava_edge.types import SamplingParams
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from llava_edge.bench.tasks.samples import Sample
     from llava_edge.bench.tasks.task import Task
+    from llava_edge.generate import TokenLoop
     from llava_edge.model import Model, Picture
     from llava_edge.vision import EncodedImage
 
@@ -52,28 +54,48 @@ class Asker:
         self._system = system
         self._share = share
         self._opened: tuple[Path, Picture] | None = None
+        self._beside = SideBySide(model)
 
-    def answer(self, task: Task, sample: Sample) -> Said:
-        """Ask as the sample wants it: choose among its choices, or write."""
-        if sample.choices:
-            return self.choose(sample.question, sample.image, sample.choices, task.choose_by)
-        return self.say(sample.question, sample.image, max_tokens=task.max_tokens)
+    @property
+    def width(self) -> int:
+        """How many questions on one picture are read together."""
+        return max(1, self._beside.width) if self._share else 1
 
-    def say(self, question: str, image: Path | None, *, max_tokens: int) -> Said:
-        """Let the model write an answer of at most ``max_tokens``."""
-        model = self._model
-        units, _ = self._read(question, image)
-        generation = Generation()
-        loop = model.token_loop(generation, Sampler(SamplingParams()), max_tokens)
-        for _ in generate(loop, model.cache):
+    def answers(self, task: Task, samples: Sequence[Sample]) -> list[Said]:
+        """Ask up to ``width`` samples on one picture as they want it: choose among choices, or write."""
+        first = samples[0]
+        if first.choices:
+            return [self.choose(s.question, s.image, s.choices, task.choose_by) for s in samples]
+        return self.say([sample.question for sample in samples], first.image, max_tokens=task.max_tokens)
+
+    def say(self, questions: Sequence[str], image: Path | None, *, max_tokens: int) -> list[Said]:
+        """Let the model write answers of at most ``max_tokens`` to up to ``width`` questions on a picture."""
+        prompts, known = self._prompts(questions, image)
+        if self._beside.fits(prompts, known):
+            return self._say_together(prompts, known, max_tokens)
+        return [self._say_alone(units, known, max_tokens) for units in prompts]
+
+    def _say_together(self, prompts: list[list[Unit]], known: dict[str, EncodedImage], max_tokens: int) -> list[Said]:
+        loops = [self._loop(max_tokens) for _ in prompts]
+        self._beside.write(loops, self._beside.read(prompts, known))
+        return [_said(loop.generation, units) for loop, units in zip(loops, prompts, strict=True)]
+
+    def _say_alone(self, units: list[Unit], known: dict[str, EncodedImage], max_tokens: int) -> Said:
+        self._model.cache.prefill(units, known)
+        loop = self._loop(max_tokens)
+        for _ in generate(loop, self._model.cache):
             pass
-        return Said(generation.text.strip(), _prompt_hash(units), len(generation.ids))
+        return _said(loop.generation, units)
+
+    def _loop(self, max_tokens: int) -> TokenLoop:
+        return self._model.token_loop(Generation(), Sampler(SamplingParams()), max_tokens)
 
     def choose(self, question: str, image: Path | None, choices: Sequence[str], by: ChoiceBy) -> Said:
         """Choose by probability: of the choice's letter after the prompt (one forward pass, whatever the number of
         choices), or of the choice's own tokens, as their mean logarithm. Nothing is generated.
         """
-        units, encoded = self._read(question, image)
+        (units,), encoded = self._prompts([question], image)
+        self._model.cache.prefill(units, encoded)
         if by == "letter":
             scores = self._letter_scores(len(choices))
         else:
@@ -81,8 +103,10 @@ class Asker:
         best = int(np.argmax(scores))
         return Said(choices[best], _prompt_hash(units), 0, tuple(round(score, 6) for score in scores))
 
-    def _read(self, question: str, image: Path | None) -> tuple[list[Unit], dict[str, EncodedImage]]:
-        """Evaluate a prompt, up to the logits of the answer's first token."""
+    def _prompts(
+        self, questions: Sequence[str], image: Path | None
+    ) -> tuple[list[list[Unit]], dict[str, EncodedImage]]:
+        """The questions as prompts, and the picture that they are about."""
         model = self._model
         if not self._share:
             model.forget()
@@ -92,9 +116,8 @@ class Asker:
         if image is not None:
             picture = model.encode(self._open(image))
             encoded, refs = {picture.key: picture}, [ImageRef(picture.key)]
-        units = model.tokenizer.units(model.format.turn(0, refs, question, self._system))
-        model.cache.prefill(units, encoded)
-        return units, encoded
+        turns = [model.format.turn(0, refs, question, self._system) for question in questions]
+        return [model.tokenizer.units(turn) for turn in turns], encoded
 
     def _open(self, image: Path) -> Picture:
         if self._opened is None or self._opened[0] != image:
@@ -124,6 +147,10 @@ class Asker:
             if position < len(ids) - 1:
                 model.cache.append(token)
         return total / max(1, len(ids))
+
+
+def _said(generation: Generation, units: Sequence[Unit]) -> Said:
+    return Said(generation.text.strip(), _prompt_hash(units), len(generation.ids))
 
 
 def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

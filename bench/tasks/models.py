@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from llava_edge.bundle import MANIFEST_NAME, Bundle, Manifest, resolve_model, sha256_file
 from llava_edge.convert.prompts import NAMED
+from llava_edge.engine import DEFAULT_CTX
 from llava_edge.errors import InputError
-from llava_edge.parts import pulled_pair
+from llava_edge.gguf_header import read_header
+from llava_edge.memory import context_bytes
+from llava_edge.parts import llm_file, pulled_pair
 from llava_edge.types import FitMode
 from llava_edge.vision.backends import candidates
 
@@ -26,6 +29,10 @@ PROMPT_FORMATS = {
     "plain": replace(NAMED["plain"]("", "</s>"), stop=()),
 }
 """The conversation formats of LLaVA. A bundle's own token for the beginning and its own stop texts stay."""
+
+# Questions that are read side by side, and what their contexts may take: nano's take 94 MB each.
+_QUESTIONS = 8
+_CONTEXTS_BYTES = 768 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,12 @@ class ModelChoice:
     def _bundle(self) -> Bundle:
         return resolve_model(self.model or "nano")
 
+    def _contexts(self) -> int:
+        """How many questions are read side by side."""
+        header = read_header(llm_file(self.model, self.llm))
+        needed = context_bytes(header, self.n_ctx or DEFAULT_CTX, "f16")
+        return 1 if needed is None else max(1, min(_QUESTIONS, int(_CONTEXTS_BYTES // needed)))
+
     @contextmanager
     def load(self) -> Iterator[Model]:
         """The loaded model."""
@@ -109,6 +122,7 @@ class ModelChoice:
                 image_tokens=self.image_tokens,
                 vision_backend=self.vision_backend,
                 image_reduction=self.image_reduction,
+                n_seq_max=self._contexts(),
                 cache=False,
             ) as model:
                 yield model

@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_edge.bench.tasks.asking import Asker, Said
 from llava_edge.bench.tasks.evaluate import Job, Progress, read_job
-from llava_edge.bench.tasks.samples import Sample
+from llava_edge.bench.tasks.run import Numbered, together
 from llava_edge.bench.tasks.stats import bootstrap
 from llava_edge.bench.tasks.task import Task
 
@@ -27,8 +27,8 @@ def measure_sharing(job: Job, progress: Progress) -> dict[str, Any]:
     with job.choice.load() as model, progress(len(samples), 0, f"sharing {job.task} {model.name}") as step:
         sharing = Asker(model, system=job.choice.system)
         alone = Asker(model, system=job.choice.system, share=False)
-        alone.answer(task, samples[0])  # loads the tower
-        for _, group in groupby(samples, key=lambda sample: sample.image_name):
+        alone.answers(task, [samples[0]])  # loads the tower
+        for _, group in groupby(plan.samples, key=lambda pair: pair[1].image_name):
             questions = list(group)
             model.forget()
             shared_seconds, shared = _timed(sharing, task, questions)
@@ -51,7 +51,9 @@ def measure_sharing(job: Job, progress: Progress) -> dict[str, Any]:
     }
 
 
-def _timed(asker: Asker, task: Task, questions: list[Sample]) -> tuple[float, list[Said]]:
+def _timed(asker: Asker, task: Task, questions: list[Numbered]) -> tuple[float, list[Said]]:
     started = time.perf_counter()
-    said = [asker.answer(task, sample) for sample in questions]
+    said: list[Said] = []
+    for group in together(questions, asker.width):
+        said += asker.answers(task, [sample for _, sample in group])
     return time.perf_counter() - started, said

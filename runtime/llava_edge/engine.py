@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_CTX = 4096
+DEFAULT_BATCH = 576  # a picture of LLaVA-1.5
 KV_TYPES = {"f16": 1, "q8_0": 8}  # ggml's numbers
 _FLASH_AUTO = -1
 # Keys of our own in a GGUF, for what llama.cpp's tokenizer leaves out.
@@ -36,6 +37,8 @@ ONE_SPACE_KEY = "llava_edge.tokenizer.one_space_prefix"
 _CONTROL, _USER_DEFINED, _RIGHT_STRIP = 1 << 3, 1 << 4, 1 << 8
 _SPM = 1
 _MROPE, _IMROPE = 8, 40
+# Rows that ggml's kernels for repacked weights take at a time.
+_ROWS_TOGETHER = 4
 
 
 class EngineError(LlavaEdgeError):
@@ -84,7 +87,7 @@ class Engine:
         n_ctx: int | None = None,
         n_threads: int | None = None,
         n_gpu_layers: int | None = None,
-        n_batch: int = 512,
+        n_batch: int = DEFAULT_BATCH,
         n_seq_max: int = 1,
         repack: bool = True,
         kv_type: str = "f16",
@@ -259,17 +262,46 @@ class Engine:
 
     def decode_each(self, tokens: Mapping[int, int]) -> NDArray[np.float32]:
         """Evaluate one token for each of several sequences together, and return their logits ``float32 [S, V]``."""
+        return self._decode_together({seq: (token,) for seq, token in tokens.items()}, 1)
+
+    def decode_side_by_side(self, runs: Mapping[int, Sequence[int]]) -> NDArray[np.float32]:
+        """Evaluate a run of tokens for each of several sequences together; the logits after each, ``float32 [S, V]``.
+
+        Runs are lengthened to the :meth:`padded` length of the longest, and what was added is forgotten; so many tokens
+        have to fit ``n_batch``. All runs or none are in the cache afterwards.
+        """
+        return self._decode_together(runs, self.padded(max(map(len, runs.values()))))
+
+    def padded(self, length: int) -> int:
+        """A number of rows that llama.cpp's kernels for several rows take without a rest."""
+        return -(-length // _ROWS_TOGETHER) * _ROWS_TOGETHER
+
+    def _decode_together(self, runs: Mapping[int, Sequence[int]], length: int) -> NDArray[np.float32]:
         self._check_open()
-        ids, sequences = self._checked(list(tokens.values())), list(tokens)
+        if len(runs) * length > self.n_batch:
+            raise EngineError(f"{len(runs)} runs of {length} tokens; a batch holds {self.n_batch}")
+        ids = np.stack([np.pad(self._checked(run), (0, length - len(run)), mode="edge") for run in runs.values()])
+        ends = [row * length + len(run) - 1 for row, run in enumerate(runs.values())]
+        past = {seq: self._past[seq] for seq in runs}
         try:
-            self._decode(self._batches.one_each(ids, [self._past[seq] for seq in sequences], sequences))
+            self._decode(self._batches.side_by_side(ids, list(past.values()), list(runs), ends))
         except BaseException:
-            for seq in sequences:
-                self.truncate(self._past[seq], seq)
+            for seq in runs:
+                self.truncate(past[seq], seq)
             raise
-        for seq in sequences:
-            self._past[seq] += 1
-        return np.stack([self.logits(row) for row in range(len(ids))])
+        logits = np.stack([self.logits(row) for row in ends])
+        for seq, run in runs.items():
+            self._past[seq] = past[seq] + length
+            if len(run) < length:
+                self.truncate(past[seq] + len(run), seq)
+        return logits
+
+    def warm_up(self) -> None:
+        """Evaluate a token and forget it: the weights' pages are then this process's, which otherwise the first
+        question would wait for. Sequence 0 has to be empty.
+        """
+        self.decode_tokens((0,))
+        self.truncate(0)
 
     def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
         ids = np.asarray(tokens, np.int32)

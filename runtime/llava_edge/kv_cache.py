@@ -86,23 +86,28 @@ class KvCache:
 
         With ``ahead`` a prompt is going to begin with these units, and there are no logits afterwards.
         """
-        sizes = [len(u.ids) if isinstance(u, TokenRun) else images[u.key].n_tokens for u in units]
+        sizes = self.check_room(units, images)
         needed = sum(sizes)
-        if needed >= self._engine.n_ctx:
-            raise ContextFullError(
-                f"the prompt has {needed} tokens and the context {self._engine.n_ctx}; an answer needs room too",
-                hint="Load the model with a larger n_ctx (--n-ctx), shorten the question, or reset the conversation.",
-            )
         there = _shared(self.units, units) if ahead else self.common(units)
         image = sum(size for size, unit in zip(sizes, units, strict=True) if isinstance(unit, ImageRef))
         if ahead and there == len(units):  # and perhaps more, which is kept
             return Prefill(needed, needed, image)
-        kept = self._keep(there)
+        kept = self.cut(there)
         for index, unit in enumerate(units[kept:], kept):
             if index > kept:
                 yield
             yield from self._evaluate(unit, images, last=not ahead and index == len(units) - 1)
         return Prefill(needed, sum(sizes[:kept]), image)
+
+    def check_room(self, units: Sequence[Unit], images: Mapping[str, EncodedImage]) -> list[int]:
+        """The units' tokens; ContextFullError if they and one more don't fit the context."""
+        sizes = [len(u.ids) if isinstance(u, TokenRun) else images[u.key].n_tokens for u in units]
+        if sum(sizes) >= self._engine.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {sum(sizes)} tokens and the context {self._engine.n_ctx}; an answer needs room too",
+                hint="Load the model with a larger n_ctx (--n-ctx), shorten the question, or reset the conversation.",
+            )
+        return sizes
 
     def append(self, token: int) -> None:
         """Evaluate one more token of an answer."""
@@ -111,7 +116,11 @@ class KvCache:
 
     def appended(self, token: int) -> None:
         """Note one more token of an answer, which the engine has evaluated."""
-        self._note(TokenRun((token,)), 1)
+        self.evaluated(TokenRun((token,)))
+
+    def evaluated(self, run: TokenRun) -> None:
+        """Note tokens that the engine has evaluated after what is in the cache."""
+        self._note(run, len(run.ids))
 
     def logits(self) -> NDArray[np.float32]:
         """Logits after the last unit, ``float32 [V]``."""
@@ -121,9 +130,15 @@ class KvCache:
         """How many of the first of these units are in the cache and can stay."""
         return common_units([entry.unit for entry in self._entries], units)
 
+    def cut(self, count: int) -> int:
+        """Forget everything after the first ``count`` units; how many are left, 0 if the model can only forget all."""
+        del self._entries[count:]
+        self._cut(self._entries[-1].end if self._entries else 0)
+        return len(self._entries)
+
     def clear(self) -> None:
         """Forget everything."""
-        self._keep(0)
+        self.cut(0)
 
     def save(self) -> SavedCache:
         """A copy of what is in the cache."""
@@ -143,16 +158,10 @@ class KvCache:
         except EngineError:
             return False
         if self._engine.position(self.seq) != entries[-1].end:  # a model that can't forget a part
-            self._keep(0)
+            self.cut(0)
             return False
         self._entries.extend(entries)
         return True
-
-    def _keep(self, count: int) -> int:
-        """Cut the list first and the cache to fit it; 0 if the model can only forget everything."""
-        del self._entries[count:]
-        self._cut(self._entries[-1].end if self._entries else 0)
-        return len(self._entries)
 
     def _cut(self, end: int) -> None:
         """Cut the cache to a position; a model that can't forget a part has forgotten everything, now or before."""

@@ -45,11 +45,15 @@ class Batches:
         batch.embd = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         return batch
 
-    def one_each(self, ids: NDArray[np.int32], places: Sequence[int], sequences: Sequence[int]) -> Any:
-        """One token for each of several sequences, with logits for all of them."""
-        pointers = (_INT32 * len(ids))(*[self._pointers[seq] for seq in sequences])
-        batch = self._batch(len(ids), np.array(places, np.int32), pointers, ids)
-        self._outputs[: len(ids)] = 1
+    def side_by_side(
+        self, ids: NDArray[np.int32], starts: Sequence[int], sequences: Sequence[int], outputs: Sequence[int]
+    ) -> Any:
+        """The same number of tokens ``[S, T]`` for each of several sequences, with logits of these rows."""
+        length = ids.shape[1]
+        places = np.add.outer(np.array(starts, np.int32), np.arange(length, dtype=np.int32)).ravel()
+        pointers = (_INT32 * ids.size)(*[self._pointers[seq] for seq in sequences for _ in range(length)])
+        batch = self._batch(ids.size, places, pointers, ids)
+        self._outputs[list(outputs)] = 1
         batch.token = ids.ctypes.data_as(_INT32)
         return batch
 

@@ -22,8 +22,9 @@ from llava_edge.engine import Engine
 from llava_edge.prompt import Answer, TokenRun, UserText
 from llava_edge.server.answer import REMEMBERED_TOKENS, AnswerMemory
 from llava_edge.server.errors import ApiError
-from llava_edge.server.lanes import Lanes, runs
+from llava_edge.server.lanes import Lanes
 from llava_edge.server.service import Options, Service
+from llava_edge.side_by_side import runs
 
 from .conftest import Server, answer, get, metric, question, wait_for
 

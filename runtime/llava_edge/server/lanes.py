@@ -7,7 +7,7 @@ conversation that another lane is busy with gets a copy of the common beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llava_edge.engine import Engine
@@ -102,44 +102,6 @@ class Lanes:
         self.stored.append(saved)
         while self.stored_bytes > self.store_bytes:
             del self.stored[0]
-
-
-def exact_rows(engine: Engine) -> int:
-    """How many sequences can be evaluated together without changing a bit of their logits, on this machine.
-
-    Kernels for many rows add in another order than those for one. The engine's sequences have to be empty.
-    """
-    sequences = range(engine.n_seq_max)
-    prompts = [[(index * 7919 + seq * 104729) % engine.n_vocab for index in range(1, 17)] for seq in sequences]
-    alone = []
-    try:
-        for seq in sequences:
-            engine.decode_tokens(prompts[seq][:-1], seq=seq)
-            alone.append(engine.decode_each({seq: prompts[seq][-1]})[0].tobytes())
-            engine.truncate(15, seq)
-        for rows in range(2, engine.n_seq_max + 1):
-            together = engine.decode_each({seq: prompts[seq][-1] for seq in range(rows)})
-            if any(together[seq].tobytes() != alone[seq] for seq in range(rows)):
-                return rows - 1
-            for seq in range(rows):
-                engine.truncate(15, seq)
-    finally:
-        for seq in sequences:
-            engine.truncate(0, seq)
-    return engine.n_seq_max
-
-
-def runs(sequences: Iterable[int], longest: int) -> list[list[int]]:
-    """Sequences that one batch can evaluate together, at most so many: llama.cpp divides a batch of sequences where the
-    next one's number is not one more.
-    """
-    found: list[list[int]] = []
-    for seq in sorted(sequences):
-        if found and len(found[-1]) < longest and seq == found[-1][-1] + 1:
-            found[-1].append(seq)
-        else:
-            found.append([seq])
-    return found
 
 
 def _shared(entries: Sequence[Entry], units: Sequence[Unit]) -> int:

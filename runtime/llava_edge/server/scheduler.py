@@ -15,7 +15,8 @@ from PIL import Image
 from llava_edge.model import arrange
 from llava_edge.server.answer import AnswerMemory, Failed, Job, answer, history
 from llava_edge.server.errors import ApiError
-from llava_edge.server.lanes import Lane, Lanes, exact_rows, runs
+from llava_edge.server.lanes import Lane, Lanes
+from llava_edge.side_by_side import exact_rows, groups, runs
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,10 +26,6 @@ if TYPE_CHECKING:
     from llava_edge.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
-
-# From a context of 512 cells on llama.cpp divides the attention of a lone token among its threads, but not that of
-# several tokens, and it takes cells in blocks of 256: from this cell on sequences are evaluated one by one.
-ALONE_FROM = 256
 
 
 @dataclass(eq=False)
@@ -202,9 +199,12 @@ class Scheduler:
 
     def _groups(self, writing: Sequence[_Active]) -> list[list[_Active]]:
         """Who is evaluated together."""
-        alone = [a for a in writing if self._exact and a.lane.cache.tokens >= ALONE_FROM]
-        together = {a.lane.seq: a for a in writing if a not in alone}
-        return [*([together[seq] for seq in run] for run in runs(together, self.rows)), *([a] for a in alone)]
+        by_seq = {active.lane.seq: active for active in writing}
+        if not self._exact:
+            found = runs(list(by_seq), self.rows)
+        else:
+            found = groups({seq: active.lane.cache.tokens for seq, active in by_seq.items()}, self.rows)
+        return [[by_seq[seq] for seq in run] for run in found]
 
     def _advance(self, active: _Active, logits: Any) -> None:
         try:

@@ -54,10 +54,10 @@ def test_a_picture_is_read_once_for_all_its_questions(tiny_model, pope_data):
     evaluate_embeddings = engine.decode_embeddings
     engine.decode_embeddings = lambda *args, **options: (decoded.append(1), evaluate_embeddings(*args, **options))
     try:
-        shared = [asker.say(f"Is there a {noun}?", image, max_tokens=4) for noun in ("dog", "cat", "car")]
+        shared = [asker.say([f"Is there a {noun}?"], image, max_tokens=4) for noun in ("dog", "cat", "car")]
         assert len(decoded) == 1
         alone = Asker(tiny_model, share=False)
-        separate = [alone.say(f"Is there a {noun}?", image, max_tokens=4) for noun in ("dog", "cat", "car")]
+        separate = [alone.say([f"Is there a {noun}?"], image, max_tokens=4) for noun in ("dog", "cat", "car")]
         assert len(decoded) == 4
     finally:
         del engine.decode_embeddings

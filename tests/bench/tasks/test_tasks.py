@@ -269,7 +269,7 @@ class TestChoices:
 
     def test_the_likeliest_first_token_is_the_greedy_answer(self, tiny_model):
         asker = Asker(tiny_model)
-        greedy = asker.say("What is it?", None, max_tokens=1).text
+        greedy = asker.say(["What is it?"], None, max_tokens=1)[0].text
         tokens = [tiny_model.engine.piece(t).decode("utf-8", "replace") for t in range(4, 260)]
         single = [t for t in tokens if len(tiny_model.tokenizer.plain(t)) == 1 and t.strip() == t and t]
         assert greedy in single
