@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -87,21 +88,30 @@ class _Wandering:
 
 
 def cold(model: llava_edge.Model, picture: str, questions: Sequence[str], counts: Sequence[int]) -> dict[str, float]:
-    """The first question about a picture with each number of tokens, and a second one after the first of them."""
+    """The first question about a picture with each number of tokens, and a second one after the first of them.
+
+    What an answer leaves to be written is on the disk before the next question is asked.
+    """
     found: dict[str, float] = {}
     for number, count in enumerate(counts):
         model.forget()
         model.image_tokens = count
         reply = model.chat().ask(questions[0], images=[picture], max_tokens=1)
         found[f"ttft_{count}"] = reply.timings.ttft_seconds
+        _let_write(model)
         if number == 0:
             found["encode"] = reply.timings.encode_seconds
             found["text_tokens"] = reply.usage.prompt_tokens - reply.usage.image_tokens
             again = model.chat().ask(questions[1], images=[picture], max_tokens=1)
             found["second_question"] = again.timings.ttft_seconds
-        if model.remembered is not None:
-            model.remembered.close()  # nothing is to be written while the next is timed
+            _let_write(model)
     return found
+
+
+def _let_write(model: llava_edge.Model) -> None:
+    if model.remembered is not None:
+        model.remembered.close()
+        os.sync()
 
 
 def decode(model: llava_edge.Model, tokens: int) -> float:

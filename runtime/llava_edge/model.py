@@ -136,6 +136,7 @@ def load(
     )
     made: Model | None = None
     try:
+        engine.warm_up()
         made = Model(engine, parts, started, DiskCache() if cache else None, image_reduction)
         if auto:
             made.choose_image_tokens(ttft_budget)
