@@ -20,11 +20,14 @@ from llava_edge.vision import EncodedImage
 
 QUESTIONS = ["What is it?", "Is there a circle in this picture?", "Why?", "What colour is the shape on the left?"]
 Prompts = list[list[Unit]]
+NOT_HERE = "questions read together feel each other on this machine, so they are read one by one"
 
 
 @pytest.fixture(scope="module")
 def wide(tiny_bundle: Path) -> Iterator[llava_edge.Model]:
     with llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512, n_seq_max=4, cache=False) as model:
+        if SideBySide(model).width == 1:
+            pytest.skip(NOT_HERE)
         yield model
 
 
@@ -131,6 +134,6 @@ def test_nano_answers_the_same_beside_others(nano: llava_edge.Model) -> None:
         beside = SideBySide(model)
         asked, known = prompts(model, "red", QUESTIONS)
         if beside.width == 1:
-            pytest.skip("no two questions are evaluated together on this machine with the bits of each")
+            pytest.skip(NOT_HERE)
         apart = [answers(model, beside, [units], known)[0] for units in asked]
         assert answers(model, beside, asked[:3], known) + answers(model, beside, asked[3:], known) == apart
