@@ -280,7 +280,7 @@ class Engine:
         self._check_open()
         if len(runs) * length > self.n_batch:
             raise EngineError(f"{len(runs)} runs of {length} tokens; a batch holds {self.n_batch}")
-        ids = np.stack([np.pad(self._checked(run), (0, length - len(run)), mode="edge") for run in runs.values()])
+        ids = np.stack([self._checked([*run, *[*run[-1:]] * (length - len(run))]) for run in runs.values()])
         ends = [row * length + len(run) - 1 for row, run in enumerate(runs.values())]
         past = {seq: self._past[seq] for seq in runs}
         try:
