@@ -206,6 +206,33 @@ class DevConfig:
 
 
 @dataclass(frozen=True)
+class RewardConfig:
+    """Captions that the model draws at each step and that a score judges, learnt from beside the samples.
+
+    ``source`` names the samples whose pictures and first questions are taken, ``references`` those whose answers are
+    people's captions of them; both are in ``data.samples``. A step takes ``pictures`` of them with one question, and
+    ``draws`` captions of each at ``temperature``; what is longer than ``max_tokens`` scores nothing. ``weight`` is
+    that of this loss beside the samples' mean loss.
+    """
+
+    source: str
+    references: str
+    pictures: int = 16
+    draws: int = 5
+    temperature: float = 1.0
+    max_tokens: int = 24
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("pictures", 1), ("draws", 2), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"reward.{name} is {getattr(self, name)}; expected at least {least}")
+        for name in ("temperature", "weight"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"reward.{name} is {getattr(self, name)}; expected a number above 0")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One stage of training, from the checkpoint ``init``, or the parts in ``model``, to the checkpoint ``output``.
 
@@ -221,6 +248,7 @@ class Recipe:
     lora: LoraConfig = field(default_factory=LoraConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     dev: DevConfig | None = None
+    reward: RewardConfig | None = None
     seed: int = 0
     log_every: int = 10
     save_every: int = 100
@@ -237,6 +265,10 @@ class Recipe:
             raise InputError(
                 "scale.attention flash_attention_2 needs data.packing, data.branches = 1 and optim.micro_batch_rows = 1"
             )
+        if self.reward and not (self.data.samples and self.data.features and self.stage == "finetune"):
+            raise InputError("reward needs stage finetune, data.samples and data.features")
+        if self.reward and self.scale.attention == "flash_attention_2":
+            raise InputError("reward shares a reading of the picture among the draws; flash_attention_2 can't")
         for name in ("log_every", "save_every", "keep"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
@@ -30,11 +30,16 @@ Item: TypeAlias = "tuple[Sample, ...]"
 
 @dataclass(frozen=True)
 class Step:
-    """One process's part of one optimiser step. ``names`` are the samples of all processes."""
+    """One process's part of one optimiser step.
+
+    ``names`` are the samples of all processes; ``drawn`` is what the model drew itself, whose weights hold all of its
+    scale.
+    """
 
     batches: tuple[Batch, ...]
     names: tuple[str, ...]
     truncated: int
+    drawn: tuple[Batch, ...] = ()
 
     @property
     def n_labels(self) -> int:
@@ -143,17 +148,21 @@ class Mixture:
     def step(self, step: int, rank: int = 0, world: int = 1) -> Step:
         """The batches of one process. Every process gets as many; the last ones may be empty."""
         documents, cut = self.documents(step)
+        mine = self.batches(documents, self.image_tokens(step), rank, world)
+        return Step(tuple(mine), tuple(document.name for document in documents), cut)
+
+    def batches(self, documents: Sequence[Document], image_tokens: int, rank: int = 0, world: int = 1) -> list[Batch]:
+        """Documents whose pictures have ``image_tokens`` each as the batches of one process, at least one."""
         rows = [[index] for index in sorted(range(len(documents)), key=lambda i: -len(documents[i]))]
         if self.config.packing:
             rows = pack([len(document) for document in documents], self.config.max_length)
         size = self.optim.micro_batch_rows or max(1, math.ceil(len(rows) / world))
         micro = [rows[start : start + size] for start in range(0, len(rows), size)] or [[]]
         micro += [[] for _ in range(-len(micro) % world)]
-        tokens = self.image_tokens(step)
-        mine = [self._batch([[documents[i] for i in row] for row in part], tokens) for part in micro[rank::world]]
-        return Step(tuple(mine), tuple(document.name for document in documents), cut)
+        return [self.batch([[documents[i] for i in row] for row in part], image_tokens) for part in micro[rank::world]]
 
-    def _batch(self, rows: list[list[Document]], image_tokens: int) -> Batch:
+    def batch(self, rows: list[list[Document]], image_tokens: int) -> Batch:
+        """Documents by row as one batch, with their pictures."""
         arrays = []
         for row in rows:
             for place, document in enumerate(row):

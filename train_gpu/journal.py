@@ -137,6 +137,8 @@ def _keep_until(path: Path, step: int) -> None:
 
 def _line(record: dict[str, Any], steps: int) -> str:
     parts = [f"step {record['step']} of {steps}", f"loss {record['loss']:.4f}", f"lr {record['lr']:.3g}"]
+    if "score" in record:
+        parts.append(f"score of the draws {record['score']:.3f}")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     if record["mfu"] is not None:
         parts.append(f"MFU {record['mfu']:.1%}")

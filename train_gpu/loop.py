@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ from llava_edge.train_gpu.optim import learning_rate_factor, make_optimizer, war
 from llava_edge.train_gpu.pictures import CachedPictures, Pictures, PixelPictures
 from llava_edge.train_gpu.precision import uses_bfloat16
 from llava_edge.train_gpu.prompts import Renderer
+from llava_edge.train_gpu.reward import MakeScore, SelfCritical
 from llava_edge.train_gpu.samples import Sample, Skipped, read_source, read_sources
 
 if TYPE_CHECKING:
@@ -51,8 +53,8 @@ class Stopped(LlavaEdgeError):
         self.exit_code = 128 + number
 
 
-def train(recipe: Recipe, *, resume: bool = False) -> Path:
-    """Run a recipe and return the directory of the finished checkpoint.
+def train(recipe: Recipe, *, resume: bool = False, make_score: MakeScore | None = None) -> Path:
+    """Run a recipe and return the directory of the finished checkpoint. ``make_score`` judges what ``reward`` draws.
 
     The state is saved every ``save_every`` steps in ``OUTPUT.run``, together with the log; ``resume`` goes on from
     there with weights, optimiser, schedule, order of the data and random state as they were. Under ``torchrun`` or
@@ -67,7 +69,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     Stopped
         SIGTERM or SIGINT came; the state is saved.
     """
-    run = Run(recipe, resume=resume)
+    run = Run(recipe, resume=resume, make_score=make_score)
     run.loop()
     return run.finish()
 
@@ -75,7 +77,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 class Run:
     """One run of a recipe, from loading to the finished checkpoint."""
 
-    def __init__(self, recipe: Recipe, *, resume: bool = False) -> None:
+    def __init__(self, recipe: Recipe, *, resume: bool = False, make_score: MakeScore | None = None) -> None:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         output = Path(recipe.output)
@@ -118,6 +120,7 @@ class Run:
         asked = read_source(recipe.dev.source, self.skipped)[: recipe.dev.count] if recipe.dev else []
         self._fill_cache(asked)
         self.dev = DevSet(asked, recipe, renderer, self.mixture) if asked else None
+        self.reward = self._reward(make_score)
         self.guard = LossGuard(self.directory, recipe.optim.spike_factor, writes=self.engine.main)
         self.step, self.seconds = 0, 0.0
         self.saved: int | None = None  # the step whose state is on the disk
@@ -142,6 +145,15 @@ class Run:
         self._tower = copy.deepcopy(tower) if blocks else tower
         key = tower_key(self._tower, config, self.spec, uses_bfloat16(self.recipe.scale), blocks)
         return CachedPictures(ContentCache(Path(data.cache_features) / key, cached_shape(config, blocks)))
+
+    def _reward(self, make_score: MakeScore | None) -> SelfCritical | None:
+        if self.recipe.reward is None:
+            return None
+        if make_score is None:
+            raise InputError("the recipe has a reward, and no score was given to judge the draws by")
+        if self.engine.world > 1:
+            raise InputError(f"reward runs in one process; there are {self.engine.world}")
+        return SelfCritical(self.recipe, self.mixture, make_score)
 
     def _fill_cache(self, more: list[Sample]) -> None:
         """Encode the pictures that a content cache lacks, on the main process."""
@@ -184,6 +196,9 @@ class Run:
                 began = time.monotonic()
                 step = next(steps)
                 meter.waited += time.monotonic() - began
+                if self.reward is not None:
+                    drawn, meter.score = self.reward.draw(engine.trainee, self.step)
+                    step = replace(step, drawn=tuple(drawn))
                 labels, stop, *counts = engine.sum([step.n_labels, caught.number, *meter.counts(step)])
                 if stop:
                     self.save()
@@ -214,6 +229,8 @@ class Run:
                 loss = engine.forward(batch.to(engine.device))
                 (loss * scale).backward()
             total += loss.detach()
+        for batch in step.drawn:
+            engine.forward(batch.to(engine.device)).backward()
         mean = engine.sum([float(total)])[0] / max(labels, 1)
         norm = engine.clip(optim.max_grad_norm)
         self.guard.check(self.step, mean, norm, step.names)

@@ -22,22 +22,25 @@ class Meter:
         self.run = run
         self.peak = peak_flops(run.engine.device, run.recipe.scale.peak_tflops)
         self.waited = 0.0
+        self.score: float | None = None
         self._reset()
 
     def _reset(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.scores: list[float] = []
         self.totals = [0.0] * 5
         self.spent = 0.0
         self.waited = 0.0
 
     def counts(self, step: Step) -> list[float]:
         """Real tokens, all tokens, pictures, operations, truncated samples of this process's part."""
+        batches = (*step.batches, *step.drawn)
         return [
-            sum(batch.real_tokens for batch in step.batches),
-            sum(batch.ids.numel() for batch in step.batches),
-            sum(batch.n_pictures for batch in step.batches),
-            sum(self.run.flops.count(batch) for batch in step.batches),
+            sum(batch.real_tokens for batch in batches),
+            sum(batch.ids.numel() for batch in batches),
+            sum(batch.n_pictures for batch in batches),
+            sum(self.run.flops.count(batch) for batch in batches),
             step.truncated / self.run.engine.world,  # every process knows all of them
         ]
 
@@ -45,6 +48,7 @@ class Meter:
         """Take up one step."""
         self.losses.append(loss)
         self.norms.append(norm)
+        self.scores += [] if self.score is None else [self.score]
         self.totals = [a + b for a, b in zip(self.totals, counts, strict=True)]
         self.spent += spent
 
@@ -72,6 +76,8 @@ class Meter:
             "progress": round(done, 4),
             "eta_seconds": run.seconds / done * (1 - done) if 0 < done < 1 else 0.0,
         }
+        if self.scores:
+            record["score"] = sum(self.scores) / len(self.scores)
         if run.journal is not None:
             run.journal.write(record, run.mixture.steps)
         self._reset()

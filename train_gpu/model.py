@@ -5,7 +5,7 @@ Shapes: B rows, S positions, N pictures, P patches, F width of the features, D w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from llava_edge.errors import InputError
+from llava_edge.train_gpu.drawing import draw_answers
 from llava_edge.train_gpu.features import through_blocks, tower_features, used_blocks
 from llava_edge.train_gpu.precision import uses_bfloat16
 from llava_edge.train_gpu.prompts import IGNORE
@@ -163,7 +164,7 @@ class Trainee(nn.Module):
             return tower_features(self.tower, self.config, pictures)
 
     def forward(self, batch: Batch, *, predict: bool = False) -> torch.Tensor:
-        """Sum of the cross-entropies of all labels; with ``predict`` the logits behind the last token, ``[B, V]``."""
+        """Weighted sum of the labels' cross-entropies; with ``predict`` the last token's logits, ``[B, V]``."""
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.bf16):
             hidden, extra = self._read(batch)
             if predict:
@@ -171,12 +172,24 @@ class Trainee(nn.Module):
             # Position i predicts i + 1. The first token of a document or of an answer's branch is never labelled, so
             # no label stands behind the last token of another.
             counted = batch.labels[:, 1:] != IGNORE
-            logits = self.head(hidden[:, :-1][counted])
-            loss = functional.cross_entropy(logits.float(), batch.labels[:, 1:][counted], reduction="sum")
+            logits = self.head(hidden[:, :-1][counted]).float() / batch.temperature
+            losses = functional.cross_entropy(logits, batch.labels[:, 1:][counted], reduction="none")
+            loss = (losses * batch.weights[:, 1:][counted]).sum()
         return loss + extra
 
     def _read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """The LLM's last hidden states ``[B, S, D]``, and a zero that ties unused parts to the loss."""
+        embeddings, extra = self._embeddings(batch)
+        outputs = self.llm(
+            inputs_embeds=embeddings,
+            attention_mask=self._mask(batch, embeddings.dtype),
+            position_ids=batch.positions,
+            use_cache=False,
+        )
+        return outputs.last_hidden_state, extra
+
+    def _embeddings(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """What the LLM reads ``[B, S, D]``, and that zero."""
         embeddings = self.embed(batch.ids)
         image = self.image_embeddings(self._features(batch), batch.image_tokens).to(embeddings.dtype)
         extra: torch.Tensor | float = 0.0
@@ -185,13 +198,13 @@ class Trainee(nn.Module):
             embeddings = embeddings.masked_scatter(here[..., None], image)
         else:
             extra = 0.0 * image.float().sum()  # processes that share the work wait for every gradient
-        outputs = self.llm(
-            inputs_embeds=embeddings,
-            attention_mask=self._mask(batch, embeddings.dtype),
-            position_ids=batch.positions,
-            use_cache=False,
-        )
-        return outputs.last_hidden_state, extra
+        return embeddings, extra
+
+    @torch.no_grad()
+    def draw(self, batch: Batch, count: int, **options: Any) -> list[list[list[int]]]:
+        """Random answers to each row of a batch, all of one length; see :func:`drawing.draw_answers`."""
+        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.bf16):
+            return draw_answers(self.llm, self.head, self._embeddings(batch)[0], count, **options)
 
     def _mask(self, batch: Batch, dtype: torch.dtype) -> torch.Tensor | None:
         if self.attention == "flash_attention_2":

@@ -88,10 +88,14 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids and labels of the same length; one ``image_token`` stands for each picture."""
+    """Ids and labels of the same length; one ``image_token`` stands for each picture.
+
+    ``weight`` is what the loss of the labels is multiplied by.
+    """
 
     ids: list[int]
     labels: list[int]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

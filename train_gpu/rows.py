@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens with their positions; ``branches`` is 0 in the shared prefix and numbers the branches from 1."""
+    """Tokens with their positions; ``branches`` is 0 in the shared prefix and numbers the branches from 1.
+
+    ``weights`` has the weight of each branch's labels, of the prefix's first.
+    """
 
     ids: list[int]
     labels: list[int]
@@ -32,6 +35,7 @@ class Document:
     branches: list[int]
     pictures: tuple[PictureRef, ...]
     name: str
+    weights: tuple[float, ...] = (1.0,)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,7 +52,7 @@ def make_document(
     spread = [_spread(tokens, image_token, image_tokens) for tokens in samples]
     if len(spread) == 1:
         ids, labels = spread[0].ids, spread[0].labels
-        return Document(ids, labels, list(range(len(ids))), [0] * len(ids), pictures, name)
+        return Document(ids, labels, list(range(len(ids))), [0] * len(ids), pictures, name, (spread[0].weight,))
     head = _shared(spread)
     if head < spread[0].ids.index(image_token) + image_tokens:
         raise InputError(f"sample {name}: the samples of this picture begin differently and can't share it")
@@ -58,7 +62,8 @@ def make_document(
         labels += tokens.labels[head:]
         positions += range(head, len(tokens.ids))
         branches += [number] * (len(tokens.ids) - head)
-    return Document(ids, labels, positions, branches, pictures, name)
+    weights = (1.0, *(tokens.weight for tokens in spread))
+    return Document(ids, labels, positions, branches, pictures, name, weights)
 
 
 def _shared(samples: Sequence[Tokens]) -> int:
@@ -76,7 +81,7 @@ def _spread(tokens: Tokens, image_token: int, count: int) -> Tokens:
         times = count if token == image_token else 1
         ids += [token] * times
         labels += [label] * times
-    return Tokens(ids, labels)
+    return Tokens(ids, labels, tokens.weight)
 
 
 def truncate(document: Document, length: int, image_token: int) -> Document:
@@ -132,7 +137,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Batch:
     """Rows of equal length for one forward pass.
 
-    ``documents`` numbers the documents of a row from 1, 0 is padding. ``pictures`` are pixels ``[N, 3, H, W]`` or
+    ``documents`` numbers the documents of a row from 1, 0 is padding. ``weights`` is what the loss of each label is
+    multiplied by, and ``temperature`` what the logits are divided by. ``pictures`` are pixels ``[N, 3, H, W]`` or
     features ``[N, P, D]`` in the order of their tokens; where there are none, one blank stands in.
     """
 
@@ -141,11 +147,13 @@ class Batch:
     positions: torch.Tensor
     documents: torch.Tensor
     branches: torch.Tensor
+    weights: torch.Tensor
     pictures: torch.Tensor
     are_features: bool
     image_tokens: int
     n_pictures: int
     names: tuple[str, ...]
+    temperature: float = 1.0
 
     @property
     def real_tokens(self) -> int:
@@ -161,7 +169,7 @@ class Batch:
         """The same on a device."""
         moved = {
             name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("ids", "labels", "positions", "documents", "branches", "pictures")
+            for name in ("ids", "labels", "positions", "documents", "branches", "weights", "pictures")
         }
         return replace(self, **moved)
 
@@ -183,6 +191,7 @@ def collate(rows: Sequence[Sequence[Document]], pictures: torch.Tensor, are_feat
     positions = torch.zeros(shape, dtype=torch.long)
     documents = torch.zeros(shape, dtype=torch.long)
     branches = torch.zeros(shape, dtype=torch.long)
+    weights = torch.ones(shape)
     for number, row in enumerate(rows):
         at = 0
         for order, document in enumerate(row, start=1):
@@ -193,8 +202,11 @@ def collate(rows: Sequence[Sequence[Document]], pictures: torch.Tensor, are_feat
             positions[place] = torch.tensor(document.positions)
             documents[place] = order
             branches[place] = torch.tensor(document.branches)
+            weights[place] = torch.tensor(document.weights)[branches[place]]
             at += len(document)
     found = [document for row in rows for document in row]
     count = sum(len(document.pictures) for document in found)
     names = tuple(document.name for document in found)
-    return Batch(ids, labels, positions, documents, branches, pictures, are_features, image_tokens, count, names)
+    return Batch(
+        ids, labels, positions, documents, branches, weights, pictures, are_features, image_tokens, count, names
+    )

@@ -46,6 +46,15 @@ class Sample:
     pictures: tuple[PictureRef, ...] = ()
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A picture, by its name, the question to it, with ``<image>``, and people's captions."""
+
+    picture: str
+    question: str
+    references: tuple[str, ...]
+
+
 class Skipped:
     """Samples that could not be used: an error each, or counted and logged when ``allowed``."""
 
@@ -268,3 +277,41 @@ def _from_group(group: dict[str, Any], path: Path) -> Sample:
     if picture is None or not group.get(".txt"):
         raise InputError(f"sample {name}: expected a picture beside a .json with conversations, or a caption")
     return from_caption(name, group[".txt"], picture)
+
+
+def read_asked(values: Any, source: str, references: str) -> list[Asked]:
+    """The pictures of ``source`` with its first question to each, and the answers that ``references`` has of them.
+
+    ``values`` are LLaVA samples by source, as ``data.samples`` of a recipe names them.
+
+    Raises
+    ------
+    InputError
+        There is no such source, it has no picture with two captions, or a question without its picture.
+    """
+    if not isinstance(values, dict) or not {source, references} <= set(values):
+        found = sorted(values) if isinstance(values, dict) else "no sources"
+        raise InputError(f"the samples have {found}; expected {source!r} and {references!r}")
+    said: dict[str, list[str]] = {}
+    for name, _, answer in _first_turns(values[references]):
+        said.setdefault(name, []).append(answer)
+    questions: dict[str, str] = {}
+    for name, question, _ in _first_turns(values[source]):
+        questions.setdefault(name, question)
+    asked = [
+        Asked(name, question, tuple(said[name])) for name, question in questions.items() if len(said.get(name, ())) > 1
+    ]
+    if not asked:
+        raise InputError(f"no picture of {source!r} has two captions or more in {references!r}")
+    for one in asked:
+        if one.question.count(IMAGE) != 1:
+            raise InputError(f"the question {one.question!r} has no single {IMAGE}")
+    return asked
+
+
+def _first_turns(items: Iterable[Any]) -> Iterator[tuple[str, str, str]]:
+    """Picture, first question and first answer of each sample that has one picture."""
+    for item in items:
+        sample = from_llava(item, Path())
+        if len(sample.pictures) == 1:
+            yield sample.pictures[0].name, *sample.turns[0]

@@ -14,22 +14,28 @@ from llava_edge.bench.tasks.ngrams import Ngram, ngrams, words
 
 SIGMA = 6.0
 ORDERS = (1, 2, 3, 4)
+_END = "."  # no word has a full stop
 
 
 class CiderD:
-    """Scores captions against references. How rare a word is, all pictures' references together tell."""
+    """Scores captions against references. How rare a word is, all pictures' references together tell.
 
-    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+    ``count_end`` takes a caption's end for its last word. The published score doesn't; a model that is trained on it
+    learns to break off, because "in a" earns more than an end does.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]], *, count_end: bool = False) -> None:
+        self._end = [_END] if count_end else []
         pictures: Counter[Ngram] = Counter()
         for texts in references:
-            pictures.update(set().union(*(_counts(text) for text in texts)))
+            pictures.update(set().union(*(self._counts(text) for text in texts)))
         self._unseen = math.log(len(references)) if references else 0.0
         self._rarity = {ngram: self._unseen - math.log(count) for ngram, count in pictures.items()}
 
     def score(self, candidate: str, references: Sequence[str]) -> float:
         """One caption against its picture's, on the scale on which papers print 1.0 as "100"."""
-        counted = _counts(candidate)
-        total = sum(self._similarity(counted, _counts(reference)) for reference in references)
+        counted = self._counts(candidate)
+        total = sum(self._similarity(counted, self._counts(reference)) for reference in references)
         return 10 * total / len(references)
 
     def _similarity(self, candidate: Counter[Ngram], reference: Counter[Ngram]) -> float:
@@ -44,6 +50,9 @@ class CiderD:
             if norm > 0:
                 total += penalty * sum(min(w, theirs[g]) * theirs[g] for g, w in ours.items() if g in theirs) / norm
         return total / len(ORDERS)
+
+    def _counts(self, text: str) -> Counter[Ngram]:
+        return ngrams(words(text) + self._end, ORDERS)
 
     def _weights(self, counted: Counter[Ngram], order: int) -> dict[Ngram, float]:
         return {g: c * self._rarity.get(g, self._unseen) for g, c in counted.items() if len(g) == order}
@@ -62,10 +71,6 @@ def cider_d(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> t
     scorer = CiderD(references)
     scores = [scorer.score(candidate, texts) for candidate, texts in zip(candidates, references, strict=True)]
     return sum(scores) / len(scores), scores
-
-
-def _counts(text: str) -> Counter[Ngram]:
-    return ngrams(words(text), ORDERS)
 
 
 def _length(counted: Counter[Ngram]) -> int:

@@ -14,9 +14,10 @@ from llava_edge.cli import cli
 from llava_edge.errors import InputError
 from llava_edge.images import fit, normalize
 from llava_edge.train_gpu import build, checkpoint
-from llava_edge.train_gpu.datagen.draws import Asked, Drawer, best_captions, draw_all, read_asked
+from llava_edge.train_gpu.datagen.draws import Drawer, best_captions, draw_all
 from llava_edge.train_gpu.datagen.generate import Progress
 from llava_edge.train_gpu.features import encode_pixels
+from llava_edge.train_gpu.samples import Asked, read_asked
 
 from .conftest import SPEC
 

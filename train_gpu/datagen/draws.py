@@ -3,12 +3,12 @@
 One round of rejection sampling: training on what is kept moves a captioner towards what people agree on (RAFT, arXiv
 2304.06767, with a score of captions in place of the reward model). What agreement is, the caller's score says.
 
-Shapes: N pictures, C captions of each, S positions, D width of the LLM, V its vocabulary.
+Shapes: N pictures, S positions, D width of the LLM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,26 +19,12 @@ import torch
 from llava_edge.errors import InputError
 from llava_edge.train_gpu.build import load_model, load_tokenizer
 from llava_edge.train_gpu.datagen.generate import Progress
+from llava_edge.train_gpu.drawing import Score, draw_answers
 from llava_edge.train_gpu.features import FeatureCache
 from llava_edge.train_gpu.model import pool_tokens
 from llava_edge.train_gpu.precision import has_bfloat16
-from llava_edge.train_gpu.prompts import IMAGE, Renderer
-from llava_edge.train_gpu.samples import Sample, from_llava
-
-# Leaving rows out of the KV cache copies it.
-_WORTH_KEEPING = 0.7
-
-Score = Callable[[str, Sequence[str]], float]
-"""How well a caption agrees with what people say of the picture; more is better."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A picture, by its name, the question to it, with ``<image>``, and people's captions."""
-
-    picture: str
-    question: str
-    references: tuple[str, ...]
+from llava_edge.train_gpu.prompts import Renderer
+from llava_edge.train_gpu.samples import Asked, Sample
 
 
 @dataclass
@@ -51,41 +37,6 @@ class Statistics:
     drawn_score: float = 0.0
     kept_score: float = 0.0
     samples: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read_asked(values: Any, source: str, references: str) -> list[Asked]:
-    """The pictures of ``source`` with its first question to each, and the answers that ``references`` has of them.
-
-    ``values`` are LLaVA samples by source, as ``data.samples`` of a recipe names them.
-
-    Raises
-    ------
-    InputError
-        There is no such source, or it has no picture with two captions.
-    """
-    if not isinstance(values, dict) or not {source, references} <= set(values):
-        found = sorted(values) if isinstance(values, dict) else "no sources"
-        raise InputError(f"the samples have {found}; expected {source!r} and {references!r}")
-    said: dict[str, list[str]] = {}
-    for name, _, answer in _first_turns(values[references]):
-        said.setdefault(name, []).append(answer)
-    questions: dict[str, str] = {}
-    for name, question, _ in _first_turns(values[source]):
-        questions.setdefault(name, question)
-    asked = [
-        Asked(name, question, tuple(said[name])) for name, question in questions.items() if len(said.get(name, ())) > 1
-    ]
-    if not asked:
-        raise InputError(f"no picture of {source!r} has two captions or more in {references!r}")
-    return asked
-
-
-def _first_turns(items: Iterable[Any]) -> Iterator[tuple[str, str, str]]:
-    """Picture, first question and first answer of each sample that has one picture."""
-    for item in items:
-        sample = from_llava(item, Path())
-        if len(sample.pictures) == 1:
-            yield sample.pictures[0].name, *sample.turns[0]
 
 
 class Drawer:
@@ -135,33 +86,19 @@ class Drawer:
         self, question: str, pictures: Sequence[str], count: int, temperature: float, max_tokens: int
     ) -> list[list[str]]:
         """``count`` answers to a question with ``<image>`` about each of the pictures."""
-        prompt = self._prompt(question, pictures)
-        out = self._llm(inputs_embeds=prompt, use_cache=True)
-        cache = out.past_key_values
-        cache.batch_repeat_interleave(count)
-        logits = self._head(out.last_hidden_state[:, -1]).repeat_interleave(count, dim=0)  # [N * C, V]
-        answers: list[list[int]] = [[] for _ in range(len(pictures) * count)]
-        rows, ended = list(range(len(answers))), set[int]()  # the answers that the cache's rows belong to
-        embed = self._llm.get_input_embeddings()
-        for _ in range(max_tokens):
-            chances = torch.softmax(logits.float() / temperature, dim=-1)
-            tokens = torch.multinomial(chances, 1, generator=self._random)
-            for answer, token in zip(rows, tokens[:, 0].tolist(), strict=True):
-                if token == self._tokenizer.eos_token_id:
-                    ended.add(answer)
-                elif answer not in ended:
-                    answers[answer].append(token)
-            if len(ended) == len(answers):
-                break
-            on = [row for row, answer in enumerate(rows) if answer not in ended]
-            if len(on) < _WORTH_KEEPING * len(rows):
-                cache.batch_select_indices(torch.tensor(on))
-                rows, tokens = [rows[row] for row in on], tokens[on]
-            out = self._llm(inputs_embeds=embed(tokens), past_key_values=cache, use_cache=True)
-            logits = self._head(out.last_hidden_state[:, -1])
-        texts = [text.strip() for text in self._tokenizer.batch_decode(answers, skip_special_tokens=True)]
-        texts = [text if answer in ended else "" for answer, text in enumerate(texts)]
-        return [texts[first : first + count] for first in range(0, len(texts), count)]
+        drawn = draw_answers(
+            self._llm, self._head, self._prompt(question, pictures), count,
+            temperature=temperature, max_tokens=max_tokens, end=self._tokenizer.eos_token_id,
+            never=self._renderer.image_token, generator=self._random,
+        )  # fmt: skip
+        return [[self._text(answer) for answer in answers] for answers in drawn]
+
+    def _text(self, answer: list[int]) -> str:
+        """What an answer says; nothing, if it was cut off."""
+        if answer[-1] != self._tokenizer.eos_token_id:
+            return ""
+        text: str = self._tokenizer.decode(answer, skip_special_tokens=True)
+        return text.strip()
 
     def _prompt(self, question: str, pictures: Sequence[str]) -> torch.Tensor:
         """What the LLM reads, ``[N, S, D]``."""
@@ -187,8 +124,6 @@ def draw_all(
     """Draw ``count`` captions of each picture that ``progress`` lacks. Yields how many it has, after each batch."""
     by_question: dict[str, list[Asked]] = {}
     for one in asked:
-        if one.question.count(IMAGE) != 1:
-            raise InputError(f"the question {one.question!r} has no single {IMAGE}")
         if one.picture not in progress.done:
             by_question.setdefault(one.question, []).append(one)
     yield len(progress.done)

@@ -276,10 +276,10 @@ def best_captions(
     from llava_edge.bench.tasks.cider import CiderD
     from llava_edge.train_gpu.datagen import draws as drawing
     from llava_edge.train_gpu.datagen.generate import Progress
-    from llava_edge.train_gpu.samples import read_json
+    from llava_edge.train_gpu.samples import read_asked, read_json
 
     values = read_json(samples)
-    every = drawing.read_asked(values, source, references)
+    every = read_asked(values, source, references)
     asked = every[:limit]
     drawer = drawing.Drawer(checkpoint, features, prompt_format, image_tokens, seed)
     settings = {

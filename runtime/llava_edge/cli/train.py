@@ -44,6 +44,7 @@ def train(
     torchrun --nproc-per-node 8 -m llava_edge train v1.5-finetune --set scale.sharding=fsdp2
     """
     require_extra("train", "torch", "transformers", "accelerate", "peft")
+    from llava_edge.bench.tasks.cider import CiderD
     from llava_edge.train_gpu.loop import Stopped
     from llava_edge.train_gpu.loop import train as run
     from llava_edge.train_gpu.recipe_file import load_recipe
@@ -52,7 +53,8 @@ def train(
     if not quiet and first:
         logging.getLogger("llava_edge.train_gpu").setLevel(logging.INFO)
     try:
-        output = run(load_recipe(recipe, _changes(overrides, cache_features, skip_bad)), resume=resume)
+        changed = load_recipe(recipe, _changes(overrides, cache_features, skip_bad))
+        output = run(changed, resume=resume, make_score=lambda said: CiderD(said, count_end=True).score)
     except Stopped as stopped:
         if first:
             terminal.error(str(stopped), stopped.hint)
