@@ -41,6 +41,13 @@ def of_samples(unit: str, samples: Sequence[float]) -> Metric:
     return Metric(unit, float(np.median(samples)), median_interval(samples), tuple(samples))
 
 
+def half_width(metric: Metric) -> float | None:
+    """Half the interval as a share of the value, None without an interval."""
+    if metric.interval is None or metric.value == 0:
+        return None
+    return (metric.interval[1] - metric.interval[0]) / 2 / abs(metric.value)
+
+
 def percentile(samples: Sequence[float], share: float) -> float:
     """The smallest sample that at least ``share`` of the samples don't exceed."""
     ordered = sorted(samples)

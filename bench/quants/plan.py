@@ -87,7 +87,7 @@ class QuantsSettings:
     def facts(self, data: Data | None) -> dict[str, Any]:
         """The settings for the record."""
         samples = {"data": data.source, "data_sha256": data.sha256, "samples": len(data.samples)} if data else {}
-        return {**asdict(self), **({} if data else {"quality": None}), **samples}
+        return {**asdict(self), "speed": self.speed.facts, **({} if data else {"quality": None}), **samples}
 
 
 def reference_tower(manifest: Manifest) -> Tower:
@@ -146,29 +146,34 @@ def check_space(
 ) -> None:
     """Refuse to begin what would end with a full disk. What a stopped run has made in ``folder`` is room as well.
 
-    ``todo`` are the variants that are to be measured yet: without ``keep`` nothing is left of the others.
+    ``todo`` are the variants that are to be measured yet: without ``keep`` nothing is left of the others. For several
+    passes all of them are there together.
     """
     sizes = {file.role: file.bytes for file in reference.bundle.manifest.files}
     types = settings.types if keep else {variant.llm_type for variant in todo}
     models = [sizes["llm"] * _share(kind) for kind in types if kind != "F16"]
-    needed = sum(models) if keep else max(models, default=0)
+    together = keep or settings.speed.passes > 1
+    needed = sum(models) if together else max(models, default=0)
     wanted = towers(settings, reference.bundle)
     needed += sum(sizes[tower.role] * _share(tower.type) for tower in wanted if tower.type not in ("F16", "fp32"))
-    if reference.bundle.directory.stat().st_dev != folder.stat().st_dev:
-        needed += sum(sizes.values())  # no links across file systems
+    if reference.bundle.directory.stat().st_dev != folder.stat().st_dev:  # no links: each bundle has a copy
+        kept = [{"llm": variant.llm_type, variant.tower.role: variant.tower.type} for variant in todo]
+        copied = [sum(f.bytes for f in reference.bundle.manifest.files if each.get(f.role) == f.type) for each in kept]
+        needed += sum(copied) if together else max(copied, default=0) * len(wanted)
     if data is not None:
         needed += _cache_bytes(settings, reference, data)
     check_room(needed - _made_bytes(folder, reference.bundle), folder)
 
 
 def conversion_bytes(settings: QuantsSettings, checkpoint: Checkpoint) -> float:
-    """What a checkpoint's conversion to floats takes, and the largest type that is made of it.
+    """What a checkpoint's conversion to floats takes, and the types that are made of it and are there together.
 
     A tower is written twice and once as float32, but is small beside the language model.
     """
     weights = checkpoint.open_weights()
     elements = sum(math.prod(weights.shape(name)) for name in weights.names(""))
-    return elements * 2 * (1 + max((_share(kind) for kind in settings.types if kind != "F16"), default=0))
+    shares = [_share(kind) for kind in settings.types if kind != "F16"]
+    return elements * 2 * (1 + (sum(shares) if settings.speed.passes > 1 else max(shares, default=0)))
 
 
 def check_room(needed: float, folder: Path) -> None:

@@ -6,10 +6,10 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_edge.bench import environment
 from llava_edge.bench.models import Subject
@@ -21,11 +21,12 @@ from llava_edge.bench.quants.plan import MADE, QuantsSettings, Variant, check_sp
 from llava_edge.bench.quants.recommend import recommend
 from llava_edge.bench.quants.tasks import QuantsTask, measure_tasks
 from llava_edge.bench.record import Machine, Metric, Result, Row, row_from_dict, with_metrics, write_atomically
-from llava_edge.bench.speed.measure import measure_ceilings, measure_speed, warnings_of
+from llava_edge.bench.speed.measure import ceilings_of_passes, measure_ceilings, measure_speed, of_passes, warnings_of
 from llava_edge.errors import InputError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 WORK = "work"
 _SETTINGS, _MEASURED = "settings.json", "measured.json"
 _OURS = {_SETTINGS, _MEASURED, "ceilings.json", "rows", REFERENCE, f"{REFERENCE}.parity.json", SOURCE, *MADE}
@@ -119,6 +120,7 @@ class _Run:
         self._maker = Maker(self._reference, work, settings.speed.threads, say)
         self._quality = Quality(self._reference, data, settings.quality, work / "cache", say) if data else None
         self._ceilings = self._kept_ceilings()
+        self._made: dict[Variant, Subject] = {}
 
     def run(self) -> Result:
         todo = [variant for variant in self._variants if self._kept(variant, "") is None]
@@ -128,11 +130,13 @@ class _Run:
             self._say(f"{len(self._variants) - len(todo)} of {len(self._variants)} are measured already")
         if todo:
             check_space(self._settings, todo, self._reference, self._data, self._work, keep=self._keep)
-        started = time.monotonic()
-        for number, variant in enumerate(todo):
-            each = (time.monotonic() - started) / number if number else 0.0
-            left = f", about {duration(each * (len(todo) - number))} left" if number else ""
-            self._say(f"{variant.name}: {number + 1} of {len(todo)}{left}")
+        passes = self._settings.speed.passes
+        if passes > 1:
+            every = [(number, variant) for number in range(passes) for variant in todo]
+            steps = [step for step in every if self._kept(step[1], f".speed-{step[0]}") is None]
+            for number, variant in self._counted(steps, lambda step: f"pass {step[0] + 1} of {passes}: {step[1].name}"):
+                self._measure_speed(variant, number)
+        for variant in self._counted(todo, lambda variant: variant.name):
             self._measure(variant)
             if not self._keep:
                 self._forget_finished()
@@ -141,13 +145,34 @@ class _Run:
                 shutil.rmtree(self._work / name, ignore_errors=True)
         return self._result([row for row in (self._kept(v, "") for v in self._variants) if row is not None])
 
-    def _measure(self, variant: Variant) -> None:
-        subject = self._maker.make(variant)
-        row = self._kept(variant, ".speed")
+    def _counted(self, steps: Sequence[T], name: Callable[[T], str]) -> Iterator[T]:
+        """The steps, each announced with what is left."""
+        started = time.monotonic()
+        for number, step in enumerate(steps):
+            each = (time.monotonic() - started) / number if number else 0.0
+            left = f", about {duration(each * (len(steps) - number))} left" if number else ""
+            self._say(f"{name(step)}: {number + 1} of {len(steps)}{left}")
+            yield step
+
+    def _subject(self, variant: Variant) -> Subject:
+        if variant not in self._made:
+            self._made[variant] = self._maker.make(variant)
+        return self._made[variant]
+
+    def _measure_speed(self, variant: Variant, number: int) -> Row:
+        """The speeds of a pass, measured or kept."""
+        row = self._kept(variant, f".speed-{number}")
         if row is None:
-            self._complete_ceilings(subject)
-            row = measure_speed(subject, self._settings.speed, self._ceilings, self._say)
-            self._save(variant, ".speed", row)
+            subject = self._subject(variant)
+            self._complete_ceilings(subject, number)
+            row = measure_speed(subject, self._settings.speed, self._ceilings[number], self._say, number)
+            self._save(variant, f".speed-{number}", row)
+        return row
+
+    def _measure(self, variant: Variant) -> None:
+        passes = self._settings.speed.passes
+        row = of_passes([self._measure_speed(variant, number) for number in range(passes)], passes)
+        subject = self._subject(variant)
         if self._quality is not None:
             row = with_metrics(row, self._quality.measure(subject))
         row = with_metrics(row, measure_tasks(subject, self._tasks, self._settings.speed.threads, self._say))
@@ -167,7 +192,7 @@ class _Run:
             "quants",
             tuple(rows),
             self._facts,
-            ceilings=self._ceilings,
+            ceilings=ceilings_of_passes(self._ceilings),
             warnings=(*changed, *warnings_of(rows)),
             recommendations=recommend(rows, self._settings.memory_limit_bytes),
         )
@@ -181,15 +206,20 @@ class _Run:
         noted = {"created_utc": environment.utc_now(), "machine": kept["machine"], "power_sources": sources}
         write_atomically(self._work / _MEASURED, json.dumps(noted))
 
-    def _complete_ceilings(self, subject: Subject) -> None:
-        """Rates of the types that no variant before had."""
-        self._ceilings = measure_ceilings([subject], self._settings.speed.threads, self._say, self._ceilings)
-        kept = {name: asdict(metric) for name, metric in self._ceilings.items()}
-        write_atomically(self._work / "ceilings.json", json.dumps(kept))
+    def _complete_ceilings(self, subject: Subject, number: int) -> None:
+        """In a pass, the rates of the types that no variant before had."""
+        known = self._ceilings[number]
+        self._ceilings[number] = measure_ceilings([subject], self._settings.speed.threads, self._say, known)
+        kept = [{name: asdict(metric) for name, metric in found.items()} for found in self._ceilings]
+        write_atomically(self._work / "ceilings.json", json.dumps({"passes": kept}))
 
-    def _kept_ceilings(self) -> dict[str, Metric]:
-        kept = _read_json(self._work / "ceilings.json") or {}
-        return {name: Metric(m["unit"], m["value"], None, tuple(m["samples"])) for name, m in kept.items()}
+    def _kept_ceilings(self) -> list[dict[str, Metric]]:
+        kept = (_read_json(self._work / "ceilings.json") or {}).get("passes", [])
+        found = [
+            {name: Metric(m["unit"], m["value"], None, tuple(m["samples"])) for name, m in each.items()}
+            for each in kept
+        ]
+        return found or [{} for _ in range(self._settings.speed.passes)]
 
     def _check_same_run(self) -> None:
         """What was measured with other settings must not stand in the same table."""

@@ -38,34 +38,93 @@ _ROOM = 256  # tokens of the question and its scaffold, generously
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What to measure. ``prompt_tokens`` and ``depths`` are in tokens; ``cold_starts`` 0 leaves these out."""
+    """What to measure. ``prompt_tokens`` and ``depths`` are in tokens; ``cold_starts`` 0 leaves these out.
+
+    With more than one of the ``passes`` every figure of every bundle is taken once in each, so that its interval knows
+    how the machine's speed drifts; ``limits`` hold for a single pass.
+    """
 
     threads: int = field(default_factory=native.default_threads)
     prompt_tokens: int = 512
     answer_tokens: int = 64
     depths: tuple[int, ...] = (0, 512)
     cold_starts: int = 3
+    passes: int = 1
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
-        for name in ("threads", "prompt_tokens", "answer_tokens"):
+        for name in ("threads", "prompt_tokens", "answer_tokens", "passes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; expected 1 or more")
         if not self.depths or min(self.depths) < 0:
             raise InputError(f"depths are {list(self.depths)}; expected numbers of tokens from 0 on")
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The settings for a record: those that are used."""
+        found = asdict(self)
+        if self.passes > 1:
+            del found["limits"]
+        return found
+
+    @property
+    def limits_of_pass(self) -> Limits:
+        """How often a figure is taken in one pass."""
+        return self.limits if self.passes == 1 else replace(self.limits, min_repetitions=1, max_repetitions=1)
+
+    def starts_in(self, number: int) -> int:
+        """Cold starts in a pass, by its number from 0."""
+        return len(range(number, self.cold_starts, self.passes))
+
 
 def bench_speed(
     subjects: Sequence[Subject], settings: SpeedSettings, say: Say = log.info, output: Path | None = None
 ) -> Result:
-    """Measure the machine's ceilings, then every bundle. After each of them the record is written to ``output``."""
-    found = measure_ceilings(subjects, settings.threads, say)
-    result = environment.result("speed", (), asdict(settings), ceilings=found)
-    for subject in subjects:
-        rows = (*result.rows, measure_speed(subject, settings, found, say))
-        result = environment.result("speed", rows, asdict(settings), ceilings=found, warnings=warnings_of(rows))
-        write_so_far(output, result, say)
+    """Measure the machine's ceilings, then every bundle, in each pass. After each bundle the record is written to
+    ``output``.
+    """
+    result = environment.result("speed", (), settings.facts)
+    ceilings_of: list[dict[str, Metric]] = []
+    measured: list[list[Row]] = [[] for _ in subjects]
+    for number in range(settings.passes):
+        ceilings_of.append(measure_ceilings(subjects, settings.threads, say))
+        found = ceilings_of_passes(ceilings_of)
+        for subject, passes in zip(subjects, measured, strict=True):
+            passes.append(measure_speed(subject, settings, ceilings_of[-1], say, number))
+            rows = tuple(of_passes(each, settings.passes) for each in measured if each)
+            result = environment.result("speed", rows, settings.facts, ceilings=found, warnings=warnings_of(rows))
+            write_so_far(output, result, say)
     return result
+
+
+def of_passes(rows: Sequence[Row], wanted: int) -> Row:
+    """What was measured of a bundle in ``wanted`` passes, or so far, as one row: each pass is a sample."""
+    if wanted == 1:
+        return rows[0]
+    metrics: dict[str, Metric] = {}
+    uncertain = []
+    for name in dict.fromkeys(name for row in rows for name in row.metrics):
+        found = [row.metrics[name] for row in rows if name in row.metrics]
+        metrics[name] = statistics.of_samples(found[0].unit, [metric.value for metric in found])
+        spread = statistics.half_width(metrics[name])
+        if spread is not None and spread > Limits.spread:
+            uncertain.append(f"{name} by {spread:.0%}")
+    if "ttft_warm_p95" in metrics:
+        metrics["ttft_warm_p95"] = Metric("s", statistics.percentile(metrics["ttft_warm"].samples, 0.95))
+    notes = dict.fromkeys(note for row in rows for note in row.notes)
+    doubt = [f"{len(rows)} of {wanted} passes"] if len(rows) < wanted else []
+    doubt += [f"uncertain over {len(rows)} passes: {', '.join(uncertain)}"] if uncertain else []
+    return replace(rows[0], metrics=metrics, notes=(*doubt, *notes))
+
+
+def ceilings_of_passes(passes: Sequence[Mapping[str, Metric]]) -> dict[str, Metric]:
+    """The machine's ceilings in several passes as one: the median, with each pass as a sample."""
+    if len(passes) == 1:
+        return dict(passes[0])
+    return {
+        name: statistics.of_samples(metric.unit, [found[name].value for found in passes if name in found])
+        for name, metric in passes[0].items()
+    }
 
 
 def warnings_of(rows: Sequence[Row]) -> tuple[str, ...]:
@@ -89,13 +148,18 @@ def measure_ceilings(
     return found
 
 
-def measure_speed(subject: Subject, settings: SpeedSettings, found: dict[str, Metric], say: Say) -> Row:
-    """All figures of one bundle. It is started in processes of its own first, while nothing holds its files."""
+def measure_speed(
+    subject: Subject, settings: SpeedSettings, found: dict[str, Metric], say: Say, number: int = 0
+) -> Row:
+    """All figures of one bundle, in the pass of that ``number`` from 0.
+
+    It is started in processes of its own first, while nothing holds its files.
+    """
     run = _SpeedRun(subject, settings, found, say)
     with tempfile.TemporaryDirectory(prefix="llava-edge-bench-") as folder:
         picture = Path(folder) / "picture.png"
         make_picture(0).save(picture)
-        run.cold_starts(picture)
+        run.cold_starts(picture, number)
     run.load()
     run.note_interference()
     return replace(with_metrics(subject.row(), run.metrics, tuple(run.notes)), vision_backend=run.vision_backend)
@@ -135,6 +199,7 @@ class _SpeedRun:
         self._random = np.random.default_rng(0)
         self._others: dict[str, float] = {}
         self._pictures = 0
+        self._watch = environment.Watch()
         self._n_ctx, self._depths = self._fit()
 
     def _fit(self) -> tuple[int, list[int]]:
@@ -152,30 +217,34 @@ class _SpeedRun:
 
     def _repeat(self, name: str, measure: Callable[[], float], *, limits: Limits | None = None) -> list[float]:
         self._say(name)
-        found = repeat(measure, limits or self._settings.limits)
-        if found.doubt:
+        found = repeat(measure, limits or self._settings.limits_of_pass)
+        if found.doubt and self._settings.passes == 1:
             self.notes.append(f"{name} is {found.doubt}")
-        if found.disturbed and found.others is not None:
+        if found.disturbed and found.others is not None and self._settings.passes == 1:
             self._others[name] = found.others
         return found.samples
 
     def note_interference(self) -> None:
         """Say once what other programs took, and whom it slowed down."""
+        others = self._watch.others()
+        if self._settings.passes > 1 and others is not None and others > environment.BUSY:
+            self.notes.append("other programs used the processor meanwhile: too slow, repeat")
         if self._others:
             names, most = ", ".join(self._others), max(self._others.values())
             self.notes.append(f"other programs used up to {most:.0%} of the processor during {names}: too slow, repeat")
 
-    def cold_starts(self, picture: Path) -> None:
+    def cold_starts(self, picture: Path, number: int) -> None:
         """The first start on a machine checks the vision tower, so that it doesn't count."""
-        wanted = self._settings.cold_starts
-        starts: list[cold.ColdStart] = []
-        for number in range(wanted + 1 if wanted else 0):
-            self._say(f"cold start {number} of {wanted}" if number else "first start")
-            threads = self._settings.threads
-            starts.append(cold.start(self._subject, picture, n_ctx=self._n_ctx, threads=threads))
-        starts = starts[1:]
-        if not starts:
+        wanted, threads = self._settings.starts_in(number), self._settings.threads
+        if not wanted:
             return
+        if number == 0:
+            self._say("first start")
+            cold.start(self._subject, picture, n_ctx=self._n_ctx, threads=threads)
+        starts: list[cold.ColdStart] = []
+        for start in range(wanted):
+            self._say(f"cold start {start + 1} of {wanted}")
+            starts.append(cold.start(self._subject, picture, n_ctx=self._n_ctx, threads=threads))
         self.metrics["ttft_cold"] = statistics.of_samples("s", [s.ttft_seconds for s in starts])
         self.metrics["peak_memory"] = statistics.of_samples("bytes", [float(s.peak_memory_bytes) for s in starts])
         if not all(s.dropped for s in starts):
@@ -191,7 +260,7 @@ class _SpeedRun:
             with llava_edge.load(directory, **options) as model:
                 return model.load_seconds
 
-        limits = self._settings.limits
+        limits = self._settings.limits_of_pass
         quick = Limits(min(3, limits.min_repetitions), limits.max_repetitions, limits.max_seconds / 3, limits.spread)
         self.metrics["load"] = statistics.of_samples("s", self._repeat("load", load, limits=quick))
         with llava_edge.load(directory, **options) as model:

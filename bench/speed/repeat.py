@@ -77,8 +77,8 @@ def rate(seconds: list[float], count: int) -> Metric:
 
 def _spread(samples: list[float]) -> float:
     """Half the interval as a share of the median."""
-    metric = statistics.of_samples("s", samples)
-    return (metric.interval[1] - metric.interval[0]) / 2 / metric.value if metric.interval else float("inf")
+    width = statistics.half_width(statistics.of_samples("s", samples))
+    return float("inf") if width is None else width
 
 
 def _doubt(samples: list[float], limits: Limits) -> str | None:

@@ -67,11 +67,18 @@ _speed_options = together(
         help="Where answers begin.",
     ),
     click.option("--cold-starts", type=click.IntRange(0), default=3, show_default=True, help="Fresh processes."),
-    click.option("--repetitions", type=click.IntRange(1), default=30, show_default=True, help="The most samples."),
+    click.option("--repetitions", type=click.IntRange(1), help="In a single pass, the most samples; default: 30."),
     click.option(
-        "--max-seconds", type=click.FloatRange(0.01), default=10, show_default=True, help="The most time a figure."
+        "--max-seconds", type=click.FloatRange(0.01), help="In a single pass, the most time a figure; default: 10."
     ),
 )
+
+
+def _passes_option(default: int) -> Callable[[Any], Any]:
+    return click.option(
+        "--passes", type=click.IntRange(1), default=default, show_default=True,
+        help="Go over all rows so often, each figure once a time; 1 repeats a figure instead.",
+    )  # fmt: skip
 
 
 def _settings(
@@ -80,16 +87,22 @@ def _settings(
     answer_tokens: int,
     depths: tuple[int, ...],
     cold_starts: int,
-    repetitions: int,
-    max_seconds: float,
+    repetitions: int | None,
+    max_seconds: float | None,
+    passes: int,
 ) -> SpeedSettings:
     from llava_edge import native
     from llava_edge.bench.speed.measure import SpeedSettings
     from llava_edge.bench.speed.repeat import Limits
 
-    limits = Limits(min(6, repetitions), repetitions, max_seconds)
+    if passes > 1 and (repetitions or max_seconds):
+        raise click.UsageError(
+            f"--repetitions and --max-seconds are of a single pass, here are {passes}; give --passes 1 with them"
+        )
+    repetitions = repetitions or 30
+    limits = Limits(min(6, repetitions), repetitions, max_seconds or 10)
     used = threads or native.default_threads()
-    return SpeedSettings(used, prompt_tokens, answer_tokens, depths, cold_starts, limits)
+    return SpeedSettings(used, prompt_tokens, answer_tokens, depths, cold_starts, passes, limits)
 
 
 @bench.command()
@@ -100,6 +113,7 @@ def _settings(
 @click.option("--types", callback=_names, default="Q4_K_M", show_default=True, help="Of synthetic language models.")
 @click.option("--mmproj-type", metavar="TYPE", default="F16", show_default=True, help="Of synthetic vision towers.")
 @_speed_options
+@_passes_option(1)
 @_outputs
 @_common
 def speed(
@@ -304,6 +318,7 @@ def quality(
 @click.option("--keep", is_flag=True, help="Keep the bundles that were made.")
 @click.option("--restart", is_flag=True, help="Forget what a stopped run has measured.")
 @_speed_options
+@_passes_option(6)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole record as JSON, with the raw samples.")
 @_common
 def quants(

@@ -43,7 +43,7 @@ from llava_edge.errors import InputError
 SETTINGS = QuantsSettings(
     ("Q8_0", "q4_0"),
     ("F16", "Q8_0"),
-    SpeedSettings(1, 16, 4, (0,), 0, Limits(2, 2, 5)),
+    SpeedSettings(1, 16, 4, (0,), 0, limits=Limits(2, 2, 5)),
     QualitySettings(threads=1, own_answer_tokens=6),
 )
 
@@ -118,7 +118,7 @@ def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, t
     """Killed after ever more lines of progress, that is in every kind of step."""
     command = [sys.executable, "-m", "llava_edge", "bench", "quants", f16_bundle, "--types", "Q4_0", "--data", captions]
     command += ["--task", f"captions={captions.parent}", "--task-limit", "2"]
-    command += ["--pp", "16", "--tg", "4", "--depth", "0", "--repetitions", "2", "--cold-starts", "0", "--threads", "1"]
+    command += ["--pp", "16", "--tg", "4", "--depth", "0", "--passes", "2", "--cold-starts", "0", "--threads", "1"]
     environment = {**os.environ, "PYTHONUTF8": "1"}
 
     def start(name: str) -> Any:
@@ -127,10 +127,13 @@ def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, t
             arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
         )
 
-    for lines in (2, 7, 4, 1, 9, 3, 6, 5, 8, 10):
+    for at in (2, 7, 4, 1, 9, "pass 2 of 2", 3, "F16 / F16: quality", "Q4_0-Q8_0", "Q4_0 / Q8_0: quality"):
         with start("killed") as child:
-            for _ in range(lines):
-                child.stderr.readline()
+            for number, line in enumerate(child.stderr, start=1):
+                if number == at or (isinstance(at, str) and at in line):
+                    break
+            else:
+                pytest.fail(f"the run was over before it said {at!r}")
             child.kill()
     for name in ("killed", "whole"):
         with start(name) as child:
@@ -142,6 +145,8 @@ def test_a_killed_run_ends_in_the_same_table(f16_bundle: Path, captions: Path, t
     for one, other in zip(killed.rows, whole.rows, strict=True):
         assert (one.label, one.files, set(one.metrics)) == (other.label, other.files, set(other.metrics))
         assert [one.metrics[name] for name in quality] == [other.metrics[name] for name in quality]
+        assert {len(one.metrics[name].samples) for name in ("encode", "pp16", "tg4@0", "ttft_warm")} == {2}
+    assert {len(metric.samples) for metric in killed.ceilings.values()} == {2}
     assert {path.name for path in (tmp_path / "killed" / "work").iterdir()} == {
         "ceilings.json",
         "measured.json",

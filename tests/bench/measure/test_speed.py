@@ -22,7 +22,7 @@ from llava_edge.bench.speed.repeat import Limits, repeat
 from llava_edge.bundle import open_bundle, sha256_file
 from llava_edge.errors import InputError, LlavaEdgeError
 
-QUICK = SpeedSettings(1, 16, 4, (0, 8, 5000), 1, Limits(2, 2, 5))
+QUICK = SpeedSettings(1, 16, 4, (0, 8, 5000), 1, limits=Limits(2, 2, 5))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,25 @@ def test_a_start_that_fails_says_why_in_a_line(tiny_bundle: Path, tmp_path: Path
     with pytest.raises(LlavaEdgeError, match=r"process of its own: .*picture\.png is not a picture") as caught:
         first_token.run("again", picture=str(picture), **asked)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_in_passes_every_pass_is_a_sample(tiny_bundle: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = replace(QUICK, depths=(0,), cold_starts=3, passes=2)
+    subjects = [open_subject(tiny_bundle), replace(open_subject(tiny_bundle), label="again")]
+    result = bench_speed(subjects, settings, said.append, tmp_path / "kept.json")
+    assert [row.label for row in result.rows] == [subject.label for subject in subjects]
+    for row in result.rows:
+        assert all(len(metric.samples) == 2 for name, metric in row.metrics.items() if name != "ttft_warm_p95")
+        assert row.metrics["ttft_warm_p95"].value == max(row.metrics["ttft_warm"].samples)
+        assert not any("repetitions" in note for note in row.notes)
+    first = subjects[0].label
+    order = [line for line in said if line.endswith(": pp16")]
+    assert order == [f"{first}: pp16", "again: pp16"] * 2
+    assert sum(": cold start" in line for line in said) == 3 * len(subjects)
+    assert sum(": first start" in line for line in said) == len(subjects)
+    assert {len(metric.samples) for metric in result.ceilings.values()} == {2}
+    assert read_result(tmp_path / "kept.json").rows == result.rows
 
 
 def test_rows_are_written_before_a_later_bundle_fails(tiny_bundle: Path, tmp_path: Path) -> None:
