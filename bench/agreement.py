@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,10 @@ from llava_edge.bundle import resolve_model
 from llava_edge.engine import Engine
 from llava_edge.errors import LlavaEdgeError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WARM_UPS = 3
 _MEAN = re.compile(r"Mean\s+KLD:\s+(\S+)")
 
 
@@ -43,28 +47,27 @@ def speed(bundle: str, program: str, *, threads: int, rounds: int, prompt: int, 
     """Tokens a second of ``pp`` and ``tg``, the median of ``rounds`` runs in turn."""
     path = resolve_model(bundle).file("llm")
     rates: dict[str, list[list[float]]] = {f"pp{prompt}": [], f"tg{answer}": []}
-    command = [program, "-m", path, "-t", threads, "-p", prompt, "-n", answer, "-r", 2, "-o", "json"]
+    command = [program, "-m", path, "-t", threads, "-p", prompt, "-n", answer, "-r", 2, "-fa", 1, "-o", "json"]
     random = np.random.default_rng(0)
-    engine = Engine(path, n_ctx=prompt + answer, n_threads=threads)
+    engine = Engine(path, n_ctx=prompt + answer, n_threads=threads, flash_attention=True)
     try:
         read, said = ([int(t) for t in random.integers(0, engine.n_vocab, n)] for n in (prompt, answer))
         ours: dict[str, Callable[[], float]] = {
             f"pp{prompt}": lambda: prompt / prefill_seconds(engine, read),
             f"tg{answer}": lambda: answer / decode_seconds(engine, said, 0),
         }
-        for measure in ours.values():
-            measure()
         for _ in range(rounds):
             theirs = {_name(test): test["avg_ts"] for test in json.loads(_run(command))}
             for name, measure in ours.items():
+                for _ in range(WARM_UPS):  # after the other's seconds a process takes one to come to its speed
+                    measure()
                 rates[name].append([float(np.mean([measure() for _ in range(2)])), theirs[name]])
     finally:
         engine.close()
     found = {}
     for name, pairs in rates.items():
         array = np.array(pairs)
-        found[name] = _compared(*np.median(array, axis=0), pairs=pairs)
-        found[name]["ratio"] = float(np.median(array[:, 0] / array[:, 1]))  # what the machine did changes by the minute
+        found[name] = _compared(array)
     return found
 
 
@@ -86,24 +89,29 @@ def divergence(bundle: str, reference: str, text: Path, program: str, *, threads
         settings = QualitySettings(threads, text_chunks=chunks)
         data = read_data(text, None)
         result = bench_quality([open_subject(bundle)], open_subject(reference), data, settings, Path(folder))
-    return {"kl_mean": _compared(result.rows[0].metrics["kl_mean"].value, float(found[1]))}
+    return {"kl_mean": _compared(np.array([[result.rows[0].metrics["kl_mean"].value, float(found[1])]]))}
 
 
-def bandwidth(*, threads: int) -> dict[str, Any]:
-    """The best rate of reading memory, by NumPy and by a C program in turn."""
+def bandwidth(*, threads: int, rounds: int) -> dict[str, Any]:
+    """The rate of reading memory, by NumPy and by a C program in turn; NumPy's is the mean of before and after."""
     source = resources.files("llava_edge.bench").joinpath("speed", "read_bandwidth.c").read_text()
     with tempfile.TemporaryDirectory(prefix="llava-edge-") as folder:
         program = Path(folder) / "read_bandwidth"
         compiler = os.environ.get("CC", "cc")
         _run([compiler, "-O3", "-march=native", "-fopenmp", "-x", "c", "-", "-o", program], source)
-        pairs = [
-            (read_bandwidth(threads).value, float(_run([program], OMP_NUM_THREADS=str(threads)))) for _ in range(3)
-        ]
-    return {"read_bandwidth": _compared(*np.array(pairs).max(axis=0), pairs=pairs)}
+        pairs = []
+        for _ in range(rounds):
+            before = read_bandwidth(threads).value
+            theirs = float(_run([program], OMP_NUM_THREADS=str(threads)))
+            pairs.append([(before + read_bandwidth(threads).value) / 2, theirs])
+    return {"read_bandwidth": _compared(np.array(pairs))}
 
 
-def _compared(ours: float, theirs: float, **more: Any) -> dict[str, Any]:
-    return {"ours": float(ours), "theirs": float(theirs), "ratio": float(ours / theirs), **more}
+def _compared(pairs: NDArray[np.float64]) -> dict[str, Any]:
+    """Medians of both, and of the ratio in each turn: what the machine can do changes by the second."""
+    ours, theirs = np.median(pairs, axis=0)
+    ratio = np.median(pairs[:, 0] / pairs[:, 1])
+    return {"ours": float(ours), "theirs": float(theirs), "ratio": float(ratio), "pairs": pairs.tolist()}
 
 
 def _run(command: list[Any], text: str | None = None, **environment: str) -> str:
@@ -128,7 +136,7 @@ def main() -> None:
     one = commands.add_parser("speed")
     one.add_argument("bundle")
     one.add_argument("--llama-bench", dest="program", default="llama-bench")
-    one.add_argument("--rounds", type=int, default=7)
+    one.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=7)
     one.add_argument("--prompt", type=int, default=512)
     one.add_argument("--answer", type=int, default=64)
     two = commands.add_parser("divergence")
@@ -137,7 +145,8 @@ def main() -> None:
     two.add_argument("text", type=Path)
     two.add_argument("--llama-perplexity", dest="program", default="llama-perplexity")
     two.add_argument("--chunks", type=int, default=8)
-    commands.add_parser("bandwidth")
+    three = commands.add_parser("bandwidth")
+    three.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=9)
     values = vars(parser.parse_args())
     measures: dict[str, Callable[..., dict[str, Any]]] = {
         "speed": speed,
