@@ -1,4 +1,4 @@
-"""One thread that computes all answers: pieces of prompts, then a token for everyone, and again."""
+"""One thread that computes all answers: a piece of one prompt, then a token for everyone, and again."""
 
 from __future__ import annotations
 
@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from llava_edge.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
-
-# How long prompts are read, one after the other, before fewer answers than a batch holds get a token: the more of them
-# are written together, the less each costs.
-READ_SECONDS = 0.1
 
 
 @dataclass(eq=False)
@@ -120,16 +116,12 @@ class Scheduler:
     # The thread
 
     def _work(self) -> None:
-        written = time.perf_counter()
         while self._wait():
             try:
                 self._drop_overdue()
                 self._admit()
-                more = self._read_a_piece()
-                writing = sum(active.token is not None for active in self._active)
-                if not more or not 0 < writing < self.rows or time.perf_counter() - written > READ_SECONDS:
-                    self._write_tokens()
-                    written = time.perf_counter()
+                self._read_a_piece()
+                self._write_tokens()
             except Exception as error:  # a defect ends the answers that run, never the server
                 # the error's own words may hold what people wrote
                 log.error("the scheduler failed: %s", type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
@@ -169,11 +161,11 @@ class Scheduler:
             self._waiting.remove(job)
         return job
 
-    def _read_a_piece(self) -> bool:
-        """One picture, or one batch of the prompt, of the job that is being read; False where none will be written."""
+    def _read_a_piece(self) -> None:
+        """One picture, or one batch of the prompt, of the job that is being read."""
         reading = next((active for active in self._active if active.token is None), None)
         if reading is None:
-            return False
+            return
         with self._lock:
             self._prefilling = reading.job
         try:
@@ -185,7 +177,6 @@ class Scheduler:
                 self.model.engine.stopping = False
         if reading.job.cancelled.is_set():
             self._drop(reading)
-        return bool(reading.job.request.max_tokens)
 
     def _write_tokens(self) -> None:
         """A token for every answer that is being written."""
