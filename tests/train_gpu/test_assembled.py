@@ -190,7 +190,7 @@ def test_the_result_answers_in_plain_transformers_as_in_training(make: Callable[
     for place, row in enumerate(with_picture):
         rows = {
             name: getattr(batch, name)[row : row + 1]
-            for name in ("ids", "labels", "positions", "documents", "branches")
+            for name in ("ids", "labels", "positions", "documents", "branches", "weights")
         }
         alone = replace(batch, **rows, pictures=batch.pictures[place : place + 1], n_pictures=1)
         real = batch.documents[row] > 0
