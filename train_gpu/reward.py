@@ -23,7 +23,7 @@ from llava_edge.errors import InputError
 from llava_edge.train_gpu.drawing import Score
 from llava_edge.train_gpu.prompts import IGNORE, Tokens
 from llava_edge.train_gpu.rows import make_document
-from llava_edge.train_gpu.samples import Asked, PictureRef, Sample, read_asked, read_json
+from llava_edge.train_gpu.samples import Asked, PictureRef, Sample, pictures_folder, read_asked, read_json
 
 if TYPE_CHECKING:
     from llava_edge.train_gpu.config import Recipe
@@ -59,12 +59,11 @@ class SelfCritical:
         tokenizer = self.renderer.tokenizer
         self.special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         asked = read_asked(read_json(Path(recipe.data.samples)), self.config.source, self.config.references)
-        self.images = Path(recipe.data.images or Path(recipe.data.samples).parent)
+        self.images = pictures_folder(recipe.data)
         self.score = make_score([one.references for one in asked])
         self.by_question: dict[str, list[Asked]] = {}
         for one in asked:
             self.by_question.setdefault(one.question, []).append(one)
-        self._orders: dict[int, list[list[Asked]]] = {}
         self.steps_in_pass = len(self._order(0))
 
     def _end(self) -> int:
@@ -75,16 +74,14 @@ class SelfCritical:
 
     def _order(self, number: int) -> list[list[Asked]]:
         """The pictures of each step of a pass through all of them: at most as many as it takes, of one question."""
-        if number not in self._orders:
-            rng = random.Random(f"{self.seed} reward {number}")
-            size = self.config.pictures
-            steps = []
-            for group in self.by_question.values():
-                shuffled = rng.sample(group, len(group))
-                steps += [shuffled[first : first + size] for first in range(0, len(group), size)]
-            rng.shuffle(steps)
-            self._orders = {number: steps}
-        return self._orders[number]
+        rng = random.Random(f"{self.seed} reward {number}")
+        size = self.config.pictures
+        steps = []
+        for group in self.by_question.values():
+            shuffled = rng.sample(group, len(group))
+            steps += [shuffled[first : first + size] for first in range(0, len(group), size)]
+        rng.shuffle(steps)
+        return steps
 
     def draw(self, trainee: Trainee, step: int) -> tuple[list[Batch], float]:
         """What a step learns from, and the mean score of its draws.
@@ -94,28 +91,26 @@ class SelfCritical:
         """
         number, place = divmod(step, self.steps_in_pass)
         asked, tokens = self._order(number)[place], self.mixture.image_tokens(step)
-        drawn = self._draw(trainee, asked, tokens, random.Random(f"{self.seed} draws {step}").getrandbits(31))
+        prompt = self.renderer.prompt(Sample(asked[0].picture, ((asked[0].question, "?"),)))
+        drawn = self._draw(trainee, asked, prompt, tokens, random.Random(f"{self.seed} draws {step}").getrandbits(31))
         scores = [
             [self._score(answer, one.references) for answer in answers]
             for one, answers in zip(asked, drawn, strict=True)
         ]
-        documents = self._documents(asked, drawn, advantages(scores), tokens)
+        documents = self._documents(asked, drawn, advantages(scores), prompt, tokens)
         batches = self.mixture.batches(documents, tokens) if documents else []
         mean = statistics.fmean(score for each in scores for score in each)
         return [replace(batch, temperature=self.config.temperature) for batch in batches], mean
-
-    def _prompt(self, one: Asked) -> list[int]:
-        return self.renderer.prompt(Sample(one.picture, ((one.question, "?"),)))
 
     def _document(self, one: Asked, samples: Sequence[Tokens], tokens: int) -> Document:
         pictures = (PictureRef(one.picture, self.images / one.picture),)
         return make_document(samples, pictures, one.picture, self.renderer.image_token, tokens)
 
-    def _draw(self, trainee: Trainee, asked: Sequence[Asked], tokens: int, seed: int) -> list[list[list[int]]]:
-        rows = []
-        for one in asked:
-            ids = self._prompt(one)
-            rows.append([self._document(one, [Tokens(ids, [IGNORE] * len(ids))], tokens)])
+    def _draw(
+        self, trainee: Trainee, asked: Sequence[Asked], prompt: list[int], tokens: int, seed: int
+    ) -> list[list[list[int]]]:
+        unanswered = [Tokens(prompt, [IGNORE] * len(prompt))]
+        rows = [[self._document(one, unanswered, tokens)] for one in asked]
         batch = self.mixture.batch(rows, tokens).to(trainee.feature_shift.device)
         generator = torch.Generator(batch.ids.device).manual_seed(seed)
         training = trainee.training
@@ -139,15 +134,14 @@ class SelfCritical:
         asked: Sequence[Asked],
         drawn: Sequence[Sequence[Sequence[int]]],
         gains: Iterable[Sequence[float]],
+        prompt: list[int],
         tokens: int,
     ) -> list[Document]:
-        documents = []
+        documents, unit = [], self.config.weight / (len(asked) * self.config.draws)
         for one, answers, of_answers in zip(asked, drawn, gains, strict=True):
             summed: dict[tuple[int, ...], float] = {}
             for answer, gain in zip(answers, of_answers, strict=True):
                 summed[tuple(answer)] = summed.get(tuple(answer), 0.0) + gain
-            prompt = self._prompt(one)
-            unit = self.config.weight / (len(asked) * self.config.draws)
             samples = [
                 Tokens(prompt + list(answer), [IGNORE] * len(prompt) + list(answer), gain * unit / len(answer))
                 for answer, gain in summed.items()

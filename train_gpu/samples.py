@@ -80,7 +80,7 @@ def read_sources(config: DataConfig, skipped: Skipped) -> dict[str, list[Sample]
         unknown = sorted(set(config.weights) - set(values))
         if unknown:
             raise InputError(f"data.weights names {unknown}; {config.samples} has {sorted(values)}")
-        images = Path(config.images or Path(config.samples).parent)
+        images = pictures_folder(config)
         names = list(config.weights or values)
         sources = {name: _all_llava(_list(values[name], config.samples), images, skipped) for name in names}
     else:
@@ -89,6 +89,12 @@ def read_sources(config: DataConfig, skipped: Skipped) -> dict[str, list[Sample]
         if not samples:
             raise InputError(f"the source {name!r} has no samples")
     return sources
+
+
+def pictures_folder(config: DataConfig) -> Path:
+    """The folder that the pictures of ``data.samples`` are named in."""
+    assert config.samples is not None
+    return Path(config.images or Path(config.samples).parent)
 
 
 def read_source(source: SourceConfig, skipped: Skipped) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import Dinov2Config, Dinov2Model, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llava_edge.train_gpu import build, checkpoint, features, parts
-from llava_edge.train_gpu.config import DataConfig
+from llava_edge.train_gpu.config import DataConfig, Recipe
+from llava_edge.train_gpu.recipe_file import load_recipe
 from llava_edge.types import ImageSpec
 
 SPEC = ImageSpec(size=56, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), mode="pad", pad_color=(0, 0, 0))
@@ -77,3 +79,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     data = DataConfig(samples="-", image_tokens=(16, 4), image_token_weights=(0.5, 0.5))
     checkpoint.save_checkpoint(root / "base", model, tokenizer, build.describe(model, SPEC, tokenizer, data))
     return root
+
+
+@pytest.fixture
+def make(request: pytest.FixtureRequest, workspace: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """Makes recipes of the module's RECIPE, by the name of their output."""
+
+    def make(name: str, *changes: str) -> Recipe:
+        path = tmp_path / f"{name}.toml"
+        path.write_text(request.module.RECIPE.format(root=workspace, output=tmp_path / name))
+        return load_recipe(path, changes)
+
+    return make

@@ -20,7 +20,6 @@ from llava_edge.train_gpu import checkpoint
 from llava_edge.train_gpu.config import Recipe
 from llava_edge.train_gpu.journal import LossGuard, TrainingError
 from llava_edge.train_gpu.loop import Run, Stopped, train
-from llava_edge.train_gpu.recipe_file import load_recipe
 
 RECIPE = """
 stage = "finetune"
@@ -42,16 +41,6 @@ rank = 4
 alpha = 8
 dropout = 0.1
 """
-
-
-@pytest.fixture
-def make(workspace: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    def make(name: str, *changes: str) -> Recipe:
-        path = tmp_path / f"{name}.toml"
-        path.write_text(RECIPE.format(root=workspace, output=tmp_path / name))
-        return load_recipe(path, changes)
-
-    return make
 
 
 def weights(directory: Path | str) -> dict[str, torch.Tensor]:

@@ -21,7 +21,6 @@ from llava_edge.errors import InputError
 from llava_edge.train_gpu.config import Recipe, RewardConfig
 from llava_edge.train_gpu.loop import Run, Stopped, train
 from llava_edge.train_gpu.prompts import IGNORE, Tokens
-from llava_edge.train_gpu.recipe_file import load_recipe
 from llava_edge.train_gpu.reward import Score, advantages
 from llava_edge.train_gpu.rows import make_document
 
@@ -51,16 +50,6 @@ batch_size = 2
 rank = 4
 alpha = 8
 """
-
-
-@pytest.fixture
-def make(workspace: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    def make(name: str, *changes: str) -> Recipe:
-        path = tmp_path / f"{name}.toml"
-        path.write_text(RECIPE.format(root=workspace, output=tmp_path / name))
-        return load_recipe(path, changes)
-
-    return make
 
 
 def brevity(said: Sequence[Sequence[str]]) -> Score:
