@@ -1,12 +1,14 @@
 """Whether the figures of ``llava-edge bench`` are those of the programs that others measure with.
 
     python -m llava_edge.bench.agreement speed BUNDLE --llama-bench PATH
+    python -m llava_edge.bench.agreement speed --synthetic SHAPE --llama-bench PATH
     python -m llava_edge.bench.agreement divergence BUNDLE REFERENCE TEXT --llama-perplexity PATH
     python -m llava_edge.bench.agreement bandwidth
 
 ``speed`` runs llama-bench and this project's own loop in turn on the same file; ``divergence`` takes the KL divergence
 of two language models on a text both ways; ``bandwidth`` compiles a small C program (with OpenMP) that reads memory.
-One JSON object goes to stdout, with the ratio of our figure to the other one. The machine should do nothing else.
+One JSON object goes to stdout, with the ratio of our figure to the other one and, with several turns, its interval. The
+machine should do nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +35,12 @@ from llava_edge.bench.quality.data import read_data
 from llava_edge.bench.quality.measure import QualitySettings, bench_quality
 from llava_edge.bench.speed.ceilings import read_bandwidth
 from llava_edge.bench.speed.measure import decode_seconds, prefill_seconds
+from llava_edge.bench.speed.shapes import find_shape
+from llava_edge.bench.speed.synthetic import synthetic_bundle
+from llava_edge.bench.statistics import of_samples
 from llava_edge.bundle import resolve_model
 from llava_edge.engine import Engine
-from llava_edge.errors import LlavaEdgeError
+from llava_edge.errors import InputError, LlavaEdgeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,9 +49,26 @@ WARM_UPS = 3
 _MEAN = re.compile(r"Mean\s+KLD:\s+(\S+)")
 
 
-def speed(bundle: str, program: str, *, threads: int, rounds: int, prompt: int, answer: int) -> dict[str, Any]:
-    """Tokens a second of ``pp`` and ``tg``, the median of ``rounds`` runs in turn."""
-    path = resolve_model(bundle).file("llm")
+def speed(
+    bundle: str | None, synthetic: str | None, program: str, *, threads: int, rounds: int, prompt: int, answer: int
+) -> dict[str, Any]:
+    """Tokens a second of ``pp`` and ``tg``, the median of ``rounds`` runs in turn.
+
+    Both let OpenMP's threads wait in the same way, on which the rates depend more than on anything else here.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", str(native.spin_count()))
+    with ExitStack() as stack:
+        if synthetic is not None:
+            shape = find_shape(synthetic)
+            folder = stack.enter_context(synthetic_bundle(shape, "Q4_K_M", "F16", lambda _line: None))
+            bundle = str(folder)
+        elif bundle is None:
+            raise InputError("neither a bundle nor --synthetic")
+        path = resolve_model(bundle).file("llm")
+        return _speed(path, program, threads=threads, rounds=rounds, prompt=prompt, answer=answer)
+
+
+def _speed(path: Path, program: str, *, threads: int, rounds: int, prompt: int, answer: int) -> dict[str, Any]:
     rates: dict[str, list[list[float]]] = {f"pp{prompt}": [], f"tg{answer}": []}
     command = [program, "-m", path, "-t", threads, "-p", prompt, "-n", answer, "-r", 2, "-fa", 1, "-o", "json"]
     random = np.random.default_rng(0)
@@ -64,11 +87,7 @@ def speed(bundle: str, program: str, *, threads: int, rounds: int, prompt: int, 
                 rates[name].append([float(np.mean([measure() for _ in range(2)])), theirs[name]])
     finally:
         engine.close()
-    found = {}
-    for name, pairs in rates.items():
-        array = np.array(pairs)
-        found[name] = _compared(array)
-    return found
+    return {name: _compared(np.array(pairs)) for name, pairs in rates.items()}
 
 
 def _name(test: dict[str, Any]) -> str:
@@ -110,8 +129,11 @@ def bandwidth(*, threads: int, rounds: int) -> dict[str, Any]:
 def _compared(pairs: NDArray[np.float64]) -> dict[str, Any]:
     """Medians of both, and of the ratio in each turn: what the machine can do changes by the second."""
     ours, theirs = np.median(pairs, axis=0)
-    ratio = np.median(pairs[:, 0] / pairs[:, 1])
-    return {"ours": float(ours), "theirs": float(theirs), "ratio": float(ratio), "pairs": pairs.tolist()}
+    ratio = of_samples("ratio", (pairs[:, 0] / pairs[:, 1]).tolist())
+    return {
+        "ours": float(ours), "theirs": float(theirs),
+        "ratio": ratio.value, "interval": ratio.interval, "pairs": pairs.tolist(),
+    }  # fmt: skip
 
 
 def _run(command: list[Any], text: str | None = None, **environment: str) -> str:
@@ -134,9 +156,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=native.default_threads())
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("speed")
-    one.add_argument("bundle")
+    one.add_argument("bundle", nargs="?")
+    one.add_argument("--synthetic", metavar="SHAPE")
     one.add_argument("--llama-bench", dest="program", default="llama-bench")
-    one.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=7)
+    one.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=15)
     one.add_argument("--prompt", type=int, default=512)
     one.add_argument("--answer", type=int, default=64)
     two = commands.add_parser("divergence")
@@ -146,7 +169,7 @@ def main() -> None:
     two.add_argument("--llama-perplexity", dest="program", default="llama-perplexity")
     two.add_argument("--chunks", type=int, default=8)
     three = commands.add_parser("bandwidth")
-    three.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=9)
+    three.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=25)
     values = vars(parser.parse_args())
     measures: dict[str, Callable[..., dict[str, Any]]] = {
         "speed": speed,

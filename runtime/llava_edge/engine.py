@@ -280,7 +280,7 @@ class Engine:
         self._check_open()
         if len(runs) * length > self.n_batch:
             raise EngineError(f"{len(runs)} runs of {length} tokens; a batch holds {self.n_batch}")
-        ids = np.stack([self._checked([*run, *[*run[-1:]] * (length - len(run))]) for run in runs.values()])
+        ids = np.array([[*self._checked(run), *[*run[-1:]] * (length - len(run))] for run in runs.values()], np.int32)
         ends = [row * length + len(run) - 1 for row, run in enumerate(runs.values())]
         past = {seq: self._past[seq] for seq in runs}
         try:
@@ -303,11 +303,10 @@ class Engine:
         self.decode_tokens((0,))
         self.truncate(0)
 
-    def _checked(self, tokens: Sequence[int]) -> NDArray[np.int32]:
-        ids = np.asarray(tokens, np.int32)
-        if len(ids) == 0 or ids.min() < 0 or ids.max() >= self.n_vocab:
+    def _checked(self, tokens: Sequence[int]) -> Sequence[int]:
+        if not len(tokens) or min(tokens) < 0 or max(tokens) >= self.n_vocab:
             raise EngineError(f"tokens are {list(tokens)[:8]}; expected numbers from 0 to {self.n_vocab - 1}")
-        return ids
+        return tokens
 
     def decode_embeddings(
         self,
