@@ -284,10 +284,10 @@ def test_restart_deletes_nothing_before_the_source_is_known(output: Path, tmp_pa
     assert sorted(work.rglob("*")) == before
 
 
-def row(label: str, size: int, ratio: float, seconds: float, memory: float) -> Row:
+def row(label: str, size: int, divergence: float, seconds: float, memory: float, perplexity: float = 1.0) -> Row:
     metrics = {
-        "kl_mean": Metric("nats", ratio - 1),
-        "perplexity_ratio": Metric("ratio", ratio, (ratio - 0.001, ratio + 0.001)),
+        "kl_mean": Metric("nats", divergence, (divergence - 0.001, divergence + 0.001)),
+        "perplexity_ratio": Metric("ratio", perplexity, (perplexity - 0.001, perplexity + 0.001)),
         "ttft_warm": Metric("s", seconds),
         "tg64@0": Metric("tokens/s", 63.0),
         "peak_memory": Metric("bytes", memory),
@@ -301,23 +301,23 @@ FILE = ModelFile("llm", "x.gguf", "F16", 0, "", {})
 
 def test_recommendations_follow_their_rules() -> None:
     rows = [
-        row("F16", 1000, 1.0, 3.0, 9e9),
-        row("Q8_0", 500, 1.002, 2.0, 5e9),
-        row("Q6_K", 400, 1.0095, 1.0, 3e9),  # its interval ends above 1 %
-        row("Q4_0", 300, 1.04, 0.5, 2e9),
-        row("bad", 350, 1.2, 0.1, 2e9),
+        row("F16", 1000, 0.0, 3.0, 9e9),
+        row("Q8_0", 500, 0.002, 2.0, 5e9),
+        row("Q6_K", 400, 0.0095, 1.0, 3e9),  # its interval ends above 0.01
+        row("Q4_0", 300, 0.04, 0.5, 2e9),
+        row("bad", 250, 0.3, 0.1, 2e9, perplexity=0.7),  # rounding has made it less sure of itself
     ]
     smallest, fastest, front = recommend(rows, 4 * 10**9)
     assert smallest.label == "Q8_0"
     assert fastest.label == "Q4_0"
     assert "4 GB" in fastest.rule
-    assert front.label == "Q4_0, Q6_K, Q8_0, F16"
+    assert front.label == "bad, Q4_0, Q6_K, Q8_0, F16"
     assert recommend(rows[:2], 10**9)[1].label is None
 
 
-def test_without_perplexity_the_fastest_keeps_the_tasks_scores() -> None:
+def test_without_divergences_the_fastest_keeps_the_tasks_scores() -> None:
     def scored(label: str, seconds: float, accuracy: float, chair: float) -> Row:
-        plain = row(label, 1, 1.0, seconds, 1e9)
+        plain = row(label, 1, 0.0, seconds, 1e9)
         metrics = {name: plain.metrics[name] for name in ("ttft_warm", "tg64@0", "peak_memory")}
         scores = {"easy-vqa accuracy": Metric("score", accuracy), "chair chair_i": Metric("score", chair)}
         return replace(plain, metrics={**metrics, **scores})
@@ -331,7 +331,7 @@ def test_without_perplexity_the_fastest_keeps_the_tasks_scores() -> None:
 
 def test_the_front_has_what_nothing_beats() -> None:
     points = {"a": (1, 5), "b": (2, 3), "c": (3, 4), "d": (4, 1), "e": (2, 6)}
-    rows = [row(name, 1, 1, 1, 1) for name in points]
+    rows = [row(name, 1, 0, 1, 1) for name in points]
     front = pareto(rows, lambda r: points[r.label][0], lambda r: points[r.label][1])
     assert [r.label for r in front] == ["a", "b", "d"]
 
