@@ -18,6 +18,7 @@ def convert_checkpoint(
     vision: str = "auto",
     imatrix: Path | None = None,
     tensor_types: Mapping[str, str] | None = None,
+    norms: Path | None = None,
     verify: bool = True,
     force: bool = False,
     prompt: str | None = None,
@@ -44,6 +45,9 @@ def convert_checkpoint(
     tensor_types
         Other types for single tensors of the language model: a regular expression that is looked for in their names,
         and a type such as ``Q8_0``. The first that is found counts.
+    norms
+        A checkpoint whose norms were tuned for the language model as it is rounded here, and which take the place of
+        this one's: what a recipe of stage ``norms`` writes.
     verify
         Measure every file against the checkpoint and fail below the limits. Without it the manifest's ``parity`` is
         null.
@@ -77,7 +81,7 @@ def convert_checkpoint(
 
     options = Options(prompt, vision_tower, base)
     where, own = (Path(checkpoint), Path(output)), tensor_types or {}
-    plan = Plan(*where, llm_type, mmproj_type, vision, imatrix, own, verify, force, options)
+    plan = Plan(*where, llm_type, mmproj_type, vision, imatrix, own, norms, verify, force, options)
     return Conversion(plan, progress).run()
 
 

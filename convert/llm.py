@@ -81,6 +81,22 @@ def _add_keys(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
     writer.add_vocab_size(text.vocab_size)
 
 
+def norm_tensors(text: PretrainedConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every norm of the language model by its name in a GGUF: its name here and its shape. All are float32 there."""
+    names = gguf.get_tensor_name_map(_ARCHS[text.model_type][0], text.num_hidden_layers)
+    return {
+        _target(names, name): (name, shape)
+        for name, shape in expected_shapes(text).items()
+        if name.endswith("norm.weight")
+    }
+
+
+def _target(names: gguf.TensorNameMap, name: str) -> str:
+    target = names.get_name(f"model.{name.removeprefix('language_model.')}", try_suffixes=(".weight", ".bias"))
+    assert target is not None, name
+    return str(target)
+
+
 def _tensors(checkpoint: Checkpoint, weights: Weights, arch: gguf.MODEL_ARCH) -> list[tuple[str, Lazy]]:
     text = checkpoint.text_config
     names = gguf.get_tensor_name_map(arch, text.num_hidden_layers)
@@ -88,9 +104,7 @@ def _tensors(checkpoint: Checkpoint, weights: Weights, arch: gguf.MODEL_ARCH) ->
     found: list[tuple[str, Lazy]] = []
     for name, shape in expected_shapes(text).items():
         weights.check_shape(name, shape)
-        target = names.get_name(f"model.{name.removeprefix('language_model.')}", try_suffixes=(".weight", ".bias"))
-        assert target is not None, name
-        found.append((target, Lazy(shape, _loader(weights, name, text if interleaved else None))))
+        found.append((_target(names, name), Lazy(shape, _loader(weights, name, text if interleaved else None))))
     # Older releases of transformers saved the angles of the rotary embedding.
     weights.leave(*[n for n in weights.names("language_model.") if n.endswith("rotary_emb.inv_freq")])
     if (factors := rope_factors(text)) is not None:

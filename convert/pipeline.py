@@ -15,6 +15,7 @@ from llava_edge.bundle import MANIFEST_NAME, Backend, BundleFile, Manifest, Prob
 from llava_edge.convert import publish
 from llava_edge.convert.checkpoint import Checkpoint, Options, open_checkpoint
 from llava_edge.convert.memory import release
+from llava_edge.convert.norms import open_tuned, set_norms
 from llava_edge.convert.quantize import (
     LLM_TYPES,
     MMPROJ_TYPES,
@@ -52,6 +53,7 @@ class Plan:
     vision: str = "auto"
     imatrix: Path | None = None
     tensor_types: Mapping[str, str] = field(default_factory=dict)
+    norms: Path | None = None
     verify: bool = True
     force: bool = False
     options: Options = field(default_factory=Options)
@@ -60,6 +62,8 @@ class Plan:
         object.__setattr__(self, "llm_type", check_type(self.llm_type, LLM_TYPES))
         object.__setattr__(self, "mmproj_type", check_type(self.mmproj_type, MMPROJ_TYPES))
         check_tensor_types(self.tensor_types, self.llm_type)
+        if self.norms is not None and self.llm_type in ("F32", "F16", "BF16"):
+            raise InputError(f"norms are tuned for rounded matrices; {self.llm_type} has none")
         object.__setattr__(self, "vision", check_type(self.vision, ("auto", *VISION_TYPES)))
 
 
@@ -74,8 +78,9 @@ class Conversion:
         """Convert, measure, publish."""
         start = time.monotonic()
         plan = self.plan
-        if not plan.checkpoint.is_dir():
-            raise InputError(f"no such checkpoint: {plan.checkpoint}", hint="Name a checkpoint's directory.")
+        for directory in (plan.checkpoint, *([plan.norms] if plan.norms is not None else [])):
+            if not directory.is_dir():
+                raise InputError(f"no such checkpoint: {directory}", hint="Name a checkpoint's directory.")
         publish.check_output(plan.output, plan.force)
         checkpoint = open_checkpoint(plan.checkpoint, plan.options)
         for note in checkpoint.notes:
@@ -113,6 +118,7 @@ class _Work:
         self._checkpoint = checkpoint
         self._work = work
         self._weights: Weights = checkpoint.open_weights()
+        self._tuned = open_tuned(self._plan.norms, checkpoint) if self._plan.norms is not None else None
         self._float: FloatType = "F16"
         if self._plan.llm_type in ("F32", "BF16"):
             self._float = "BF16" if self._plan.llm_type == "BF16" else "F32"
@@ -234,15 +240,15 @@ class _Work:
 
             quantize_onnx(source, target)
             return _onnx_file(target, type_name)
-        plan = self._plan
-        return quantize(
-            source,
-            target,
-            type_name,
-            threads=native.default_threads(),
-            imatrix=plan.imatrix if role == "llm" else None,
-            tensor_types=plan.tensor_types if role == "llm" else None,
+        plan, threads = self._plan, native.default_threads()
+        if role != "llm":
+            return quantize(source, target, type_name, threads=threads)
+        made = quantize(
+            source, target, type_name, threads=threads, imatrix=plan.imatrix, tensor_types=plan.tensor_types
         )
+        if self._tuned is not None:
+            set_norms(target, self._tuned)
+        return made
 
     def _remove_floats(self) -> None:
         for role in self._types:

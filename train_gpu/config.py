@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from llava_edge.errors import InputError
 
-Stage = Literal["align", "finetune"]
+Stage = Literal["align", "finetune", "norms"]
 SourceFormat = Literal["llava", "flickr8k", "coco", "webdataset"]
 PromptName = Literal["plain", "v1", "llava_v1", "vicuna_v1", "mistral_instruct", "chatml", "chatml_direct"]
 
@@ -236,7 +236,8 @@ class RewardConfig:
 class Recipe:
     """One stage of training, from the checkpoint ``init``, or the parts in ``model``, to the checkpoint ``output``.
 
-    ``init`` and ``output`` are directories; ``keep`` is the number of saved states that are kept.
+    ``init`` and ``output`` are directories; ``keep`` is the number of saved states that are kept. ``rounded`` is for
+    the stage ``norms``: a bundle of ``init``, for whose quantised language model the norms are tuned.
     """
 
     stage: Stage
@@ -244,6 +245,7 @@ class Recipe:
     data: DataConfig
     optim: OptimConfig
     init: str | None = None
+    rounded: str | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -257,6 +259,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.stage == "align" and (self.lora.rank or self.model.tower_blocks):
             raise InputError("stage align trains the projector only; set lora.rank and model.tower_blocks to 0")
+        if self.stage == "norms" and (self.lora.rank or self.model.tower_blocks or self.init is None):
+            raise InputError("stage norms trains the norms of init only; set lora.rank and model.tower_blocks to 0")
+        if (self.stage == "norms") != (self.rounded is not None):
+            raise InputError("stage norms and rounded, the bundle that the norms are tuned for, belong together")
+        if self.stage == "norms" and self.scale.sharding != "none":
+            raise InputError(f"stage norms keeps two language models whole; scale.sharding is {self.scale.sharding}")
         if (self.init is None) == (not self.model.llm):
             raise InputError("a recipe needs either init, a LLaVA checkpoint, or model.llm and model.vision_tower")
         if self.scale.attention == "flash_attention_2" and (

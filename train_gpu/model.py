@@ -1,10 +1,12 @@
-"""What is trained: projector, language model or adapters on it, and perhaps the last blocks of the vision tower.
+"""What is trained: projector, language model or adapters on it, and perhaps the last blocks of the vision tower; or the
+norms of a language model that was rounded, for it to say what it said before.
 
 Shapes: B rows, S positions, N pictures, P patches, F width of the features, D width of the LLM, I image tokens.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,9 +15,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
 
+from llava_edge.bundle import resolve_model
 from llava_edge.errors import InputError
 from llava_edge.train_gpu.drawing import draw_answers
 from llava_edge.train_gpu.features import through_blocks, tower_features, used_blocks
+from llava_edge.train_gpu.parts import llm_from_gguf
 from llava_edge.train_gpu.precision import uses_bfloat16
 from llava_edge.train_gpu.prompts import IGNORE
 
@@ -39,6 +43,12 @@ def pool_tokens(embeddings: torch.Tensor, tokens: int) -> torch.Tensor:
     cell = side // new
     grid = embeddings.reshape(batch, new, cell, new, cell, width)
     return grid.mean(dim=(2, 4)).reshape(batch, tokens, width)
+
+
+def divergences(taught: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergences of logits ``[N, V]`` from those that were taught, ``[N]``, in nats."""
+    wanted, found = functional.log_softmax(taught, -1), functional.log_softmax(said, -1)
+    return functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
 
 
 def additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -94,6 +104,7 @@ class Trainee(nn.Module):
         self.llm: nn.Module = model.model.language_model
         self.embed = self.llm.get_input_embeddings()
         self.head = model.lm_head
+        self.teacher = self._take_rounded(recipe.rounded) if recipe.rounded is not None else None
         self._choose(recipe)
         if recipe.scale.gradient_checkpointing:
             enable = getattr(self.llm, "activation_checkpointing_enable", None)  # its name since transformers 5.20
@@ -105,9 +116,22 @@ class Trainee(nn.Module):
         self.register_buffer("feature_shift", torch.zeros(width))
         self.register_buffer("feature_scale", torch.ones(width))
 
+    def _take_rounded(self, bundle: str) -> nn.ModuleList:
+        """Put a bundle's quantised language model in place of the exact one, which is returned with its head."""
+        exact = nn.ModuleList(copy.deepcopy([self.llm, self.head]))
+        rounded, _ = llm_from_gguf(resolve_model(bundle).file("llm"))
+        try:
+            self.llm.load_state_dict(rounded.get_decoder().state_dict())
+            self.head.load_state_dict(rounded.get_output_embeddings().state_dict())
+        except RuntimeError:
+            raise InputError(
+                f"{bundle} has a language model of another shape", hint="Name a bundle that was made of init."
+            ) from None
+        return exact
+
     def _choose(self, recipe: Recipe) -> None:
         """Mark what is trained and bring it to float32."""
-        self.projector.requires_grad_(True)
+        self.projector.float().requires_grad_(recipe.stage != "norms")  # it may be scaled, which needs the precision
         if self.config.projector_hidden_act == "linear":  # one matrix: the second is the identity and stays it
             self.projector.linear_2.requires_grad_(False)
         if recipe.stage == "finetune" and recipe.lora.rank:
@@ -121,6 +145,9 @@ class Trainee(nn.Module):
         elif recipe.stage == "finetune":
             self.llm.requires_grad_(True)
             self.head.requires_grad_(True)
+        elif recipe.stage == "norms":
+            for name, parameter in self.llm.named_parameters():
+                parameter.requires_grad_(name.endswith("norm.weight"))
         if recipe.model.tower_blocks and self.tower is not None:
             for block in used_blocks(self.tower, self.config)[-recipe.model.tower_blocks :]:
                 block.requires_grad_(True)
@@ -129,8 +156,10 @@ class Trainee(nn.Module):
                 parameter.data = parameter.data.float()
 
     def train(self, mode: bool = True) -> Trainee:
-        """Training mode; a tower that is frozen stays as it is used later."""
+        """Training mode; a tower that is frozen, and a teacher, stay as they are used later."""
         super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
         if self.tower is not None and not any(p.requires_grad for p in self.tower.parameters()):
             self.tower.eval()
         return self
@@ -164,33 +193,47 @@ class Trainee(nn.Module):
             return tower_features(self.tower, self.config, pictures)
 
     def forward(self, batch: Batch, *, predict: bool = False) -> torch.Tensor:
-        """Weighted sum of the labels' cross-entropies; with ``predict`` the last token's logits, ``[B, V]``."""
+        """Weighted sum of the labels' cross-entropies, or of the divergences from the teacher where the labels are;
+        with ``predict`` the last token's logits, ``[B, V]``.
+        """
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=self.bf16):
-            hidden, extra = self._read(batch)
+            embeddings, extra = self._embeddings(batch)
+            hidden = self._read(self.llm, embeddings, batch)
             if predict:
                 return self.head(hidden[:, -1]).float()  # type: ignore[no-any-return]
             # Position i predicts i + 1. The first token of a document or of an answer's branch is never labelled, so
             # no label stands behind the last token of another.
             counted = batch.labels[:, 1:] != IGNORE
             logits = self.head(hidden[:, :-1][counted]).float() / batch.temperature
-            losses = functional.cross_entropy(logits, batch.labels[:, 1:][counted], reduction="none")
+            if self.teacher is None:
+                losses = functional.cross_entropy(logits, batch.labels[:, 1:][counted], reduction="none")
+            else:
+                losses = divergences(self._taught(batch, counted), logits)
             loss = (losses * batch.weights[:, 1:][counted]).sum()
         return loss + extra
 
-    def _read(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """The LLM's last hidden states ``[B, S, D]``, and a zero that ties unused parts to the loss."""
-        embeddings, extra = self._embeddings(batch)
-        outputs = self.llm(
+    def _read(self, llm: nn.Module, embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """A language model's last hidden states ``[B, S, D]``."""
+        outputs = llm(
             inputs_embeds=embeddings,
             attention_mask=self._mask(batch, embeddings.dtype),
             position_ids=batch.positions,
             use_cache=False,
         )
-        return outputs.last_hidden_state, extra
+        return outputs.last_hidden_state  # type: ignore[no-any-return]
 
-    def _embeddings(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
-        """What the LLM reads ``[B, S, D]``, and that zero."""
-        embeddings = self.embed(batch.ids)
+    @torch.no_grad()
+    def _taught(self, batch: Batch, counted: torch.Tensor) -> torch.Tensor:
+        """The exact model's logits ``[labels, V]``."""
+        assert self.teacher is not None
+        llm: Any
+        llm, head = self.teacher
+        embeddings, _ = self._embeddings(batch, llm.get_input_embeddings())
+        return head(self._read(llm, embeddings, batch)[:, :-1][counted]).float()  # type: ignore[no-any-return]
+
+    def _embeddings(self, batch: Batch, embed: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor | float]:
+        """What the LLM reads ``[B, S, D]``, and a zero that ties unused parts to the loss."""
+        embeddings = (embed or self.embed)(batch.ids)
         image = self.image_embeddings(self._features(batch), batch.image_tokens).to(embeddings.dtype)
         extra: torch.Tensor | float = 0.0
         if batch.n_pictures:

@@ -28,6 +28,12 @@ PROMPTS = "vicuna_v1, llava_v1, mistral_instruct, chatml, chatml_direct, llama-3
     help="The ONNX vision model: fp32, int8, none; auto is int8 where llama.cpp can't run the tower rightly.",
 )
 @llm_options
+@click.option(
+    "--norms",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="A checkpoint with norms that were tuned for the LLM as it is rounded here, by a recipe of stage norms.",
+)
 @click.option("--prompt", metavar="NAME", help="The conversation format, if the checkpoint doesn't tell: " + PROMPTS)
 @click.option(
     "--vision-tower",
