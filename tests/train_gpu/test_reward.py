@@ -140,7 +140,7 @@ def test_the_loss_is_that_of_each_draw_times_its_advantage(make: Callable[..., R
 
 
 def _logits(trainee: torch.nn.Module, batch: object) -> torch.Tensor:
-    hidden, _ = trainee._read(batch)
+    hidden = trainee._read(trainee.llm, trainee._embeddings(batch)[0], batch)
     logits: torch.Tensor = trainee.head(hidden) / 0.7
     return logits
 
