@@ -40,7 +40,7 @@ from llava_edge.bench.speed.synthetic import synthetic_bundle
 from llava_edge.bench.statistics import of_samples
 from llava_edge.bundle import resolve_model
 from llava_edge.engine import Engine
-from llava_edge.errors import InputError, LlavaEdgeError
+from llava_edge.errors import LlavaEdgeError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,8 +62,7 @@ def speed(
             shape = find_shape(synthetic)
             folder = stack.enter_context(synthetic_bundle(shape, "Q4_K_M", "F16", lambda _line: None))
             bundle = str(folder)
-        elif bundle is None:
-            raise InputError("neither a bundle nor --synthetic")
+        assert bundle is not None
         path = resolve_model(bundle).file("llm")
         return _speed(path, program, threads=threads, rounds=rounds, prompt=prompt, answer=answer)
 
@@ -156,8 +155,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=native.default_threads())
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("speed")
-    one.add_argument("bundle", nargs="?")
-    one.add_argument("--synthetic", metavar="SHAPE")
+    model = one.add_mutually_exclusive_group(required=True)
+    model.add_argument("bundle", nargs="?")
+    model.add_argument("--synthetic", metavar="SHAPE")
     one.add_argument("--llama-bench", dest="program", default="llama-bench")
     one.add_argument("--rounds", type=int, choices=range(1, 100), metavar="N", default=15)
     one.add_argument("--prompt", type=int, default=512)

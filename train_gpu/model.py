@@ -208,7 +208,7 @@ class Trainee(nn.Module):
             if self.teacher is None:
                 losses = functional.cross_entropy(logits, batch.labels[:, 1:][counted], reduction="none")
             else:
-                losses = divergences(self._taught(batch, counted), logits)
+                losses = divergences(self._taught(batch, embeddings, counted), logits)
             loss = (losses * batch.weights[:, 1:][counted]).sum()
         return loss + extra
 
@@ -223,22 +223,26 @@ class Trainee(nn.Module):
         return outputs.last_hidden_state  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def _taught(self, batch: Batch, counted: torch.Tensor) -> torch.Tensor:
-        """The exact model's logits ``[labels, V]``."""
+    def _taught(self, batch: Batch, embeddings: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """The exact model's logits ``[labels, V]``, of the same pictures and its own words."""
         assert self.teacher is not None
         llm: Any
         llm, head = self.teacher
-        embeddings, _ = self._embeddings(batch, llm.get_input_embeddings())
-        return head(self._read(llm, embeddings, batch)[:, :-1][counted]).float()  # type: ignore[no-any-return]
+        words = llm.get_input_embeddings()(batch.ids)
+        own = torch.where(self._pictured(batch), embeddings, words)
+        return head(self._read(llm, own, batch)[:, :-1][counted]).float()  # type: ignore[no-any-return]
 
-    def _embeddings(self, batch: Batch, embed: nn.Module | None = None) -> tuple[torch.Tensor, torch.Tensor | float]:
+    def _pictured(self, batch: Batch) -> torch.Tensor:
+        """Where visual tokens stand, ``[B, S, 1]``."""
+        return ((batch.ids == self.image_token) & (batch.documents > 0))[..., None]
+
+    def _embeddings(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | float]:
         """What the LLM reads ``[B, S, D]``, and a zero that ties unused parts to the loss."""
-        embeddings = (embed or self.embed)(batch.ids)
+        embeddings = self.embed(batch.ids)
         image = self.image_embeddings(self._features(batch), batch.image_tokens).to(embeddings.dtype)
         extra: torch.Tensor | float = 0.0
         if batch.n_pictures:
-            here = (batch.ids == self.image_token) & (batch.documents > 0)
-            embeddings = embeddings.masked_scatter(here[..., None], image)
+            embeddings = embeddings.masked_scatter(self._pictured(batch), image)
         else:
             extra = 0.0 * image.float().sum()  # processes that share the work wait for every gradient
         return embeddings, extra
