@@ -56,6 +56,12 @@ class Data:
         looked = ", ".join(str(place) for place in places)
         raise InputError(f"no picture {name} in {looked}")
 
+    def rows(self, path: Path, parse: Callable[[Fields], T]) -> list[T]:
+        """Parse the objects of a JSON list or of a file of lines; the first character tells which it is."""
+        if self._bytes(path).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            return self.entries(path, listed(self.json(path)), parse)
+        return self.jsonl(path, parse)
+
     def jsonl(self, path: Path, parse: Callable[[Fields], T]) -> list[T]:
         """Parse every line of a file of JSON objects; blank lines are nothing."""
         lines = self._bytes(path).removeprefix(codecs.BOM_UTF8).split(b"\n")

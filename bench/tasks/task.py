@@ -30,6 +30,7 @@ TASKS = {
     "easy-vqa": "easy_vqa:EasyVqa",
     "chair": "chair:Chair",
     "choices": "choices:Choices",
+    "questions": "questions:Questions",
     "scienceqa": "scienceqa:ScienceQa",
     "mme": "mme:Mme",
     "vqav2": "vqav2:VqaV2",

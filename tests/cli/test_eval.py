@@ -84,6 +84,32 @@ def test_captions_and_animals_take_folders_as_arguments(run, shapes, tmp_path, f
     assert json.loads(animals.out)["asked"] == 2
 
 
+@pytest.mark.usefixtures("nano")
+def test_questions_of_one_s_own(run, shapes, tmp_path):
+    rows = [
+        {"image": f"{n}.png", "question": question, "answer": answer, "kind": kind}
+        for n, colour in enumerate(("red", "blue"))
+        for question, answer, kind in (
+            ("Is there a dog?", "no", "presence"), ("What color is the shape?", [colour, f"{colour} shape"], "color")
+        )
+    ]  # fmt: skip
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--images", shapes / "test" / "images", "-o", "r", "--threads", "1")
+    result = run("eval", "questions", "mine.jsonl", *options)
+    assert result.code == 0, result.err
+    head, headline, *others = result.out.splitlines()
+    assert head == "questions · nano · 4 samples"
+    assert headline.startswith("* accuracy")
+    names = [line.split()[0] for line in others]
+    assert names == [
+        "color/accuracy",
+        *(f"presence/{name}" for name in ("accuracy", "f1", "precision", "recall", "yes_ratio")),
+    ]
+    records = [json.loads(line) for line in (tmp_path / "r" / "samples.jsonl").read_text().splitlines()]
+    assert [record["expected"] for record in records] == [["no"], ["red", "red shape"], ["no"], ["blue", "blue shape"]]
+    assert run("eval", "questions", "mine.jsonl", *options, "--resume").out == result.out
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
@@ -91,6 +117,8 @@ def test_captions_and_animals_take_folders_as_arguments(run, shapes, tmp_path, f
         (["pope"], ["--data"]),
         (["captions"], ["FILE", "--data"]),
         (["animals"], ["FOLDERS"]),
+        (["questions"], ["FILE"]),
+        (["questions", "nowhere.json"], ["FILE", "nowhere.json", "does not exist"]),
         (["pope", "--data", ".", "--shard", "3/2"], ["--shard", "expected K/N"]),
         (["pope", "--data", ".", "--feature-layers", "ten"], ["--feature-layers", "ten"]),
         (["pope", "--data", ".", "--llm", "x.gguf"], ["--llm needs --mmproj"]),

@@ -93,6 +93,20 @@ def choices(data: Path, by: str, suffix: str | None, **values: Any) -> None:
 
 
 @click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@suffix_option
+@model_options
+@run_options
+def questions(file: Path, suffix: str | None, **values: Any) -> None:
+    """Your own questions with known answers: accuracy of all and by kind, and F1 of kinds that are all yes or no.
+
+    FILE is a JSON list, or lines, of {"image", "question", "answer"}, if wanted with a "kind"; "answer" may be a list
+    of all that is right. The pictures are beside FILE, or in --images.
+    """
+    run_task("questions", file.parent, values, {"file": file}, suffix=suffix)
+
+
+@click.command()
 @click.option("--question", metavar="TEXT", help="What asks for the description.")
 @click.option("--synonyms", metavar="FILE", type=PATH, help="Words for the objects; a line an object.")
 @task_options

@@ -9,7 +9,7 @@ import click
 from llava_edge.cli import did_you_mean
 
 TASKS = (
-    "captions", "animals", "pope", "easy-vqa", "chair", "choices",
+    "captions", "animals", "pope", "easy-vqa", "chair", "choices", "questions",
     "scienceqa", "mme", "vqav2", "gqa", "textvqa", "llava-bench",
 )  # fmt: skip
 TOOLS = ("judge", "compare", "merge", "sweep", "report", "make-sets")

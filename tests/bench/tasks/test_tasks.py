@@ -14,6 +14,7 @@ from llava_edge.bench.tasks.chair import Chair
 from llava_edge.bench.tasks.coco_objects import coco_objects, read_objects
 from llava_edge.bench.tasks.easy_vqa import EasyVqa
 from llava_edge.bench.tasks.pope import Pope
+from llava_edge.bench.tasks.questions import Questions
 from llava_edge.bench.tasks.reading import Data
 from llava_edge.bench.tasks.samples import Sample
 from llava_edge.bench.tasks.task import TASKS, make_task
@@ -310,6 +311,117 @@ class TestChoices:
         files.jsonl(tmp_path / "choices.jsonl", [{"question": "?", **row}])
         with pytest.raises(InputError, match=rf"choices\.jsonl:1: .*{message}"):
             make_task("choices", {}).read(Data(tmp_path))
+
+
+QUESTION = {"image": "a.png", "question": "How many dogs are there?", "answer": "two"}
+SHORT = "\nAnswer the question using a single word or phrase."
+
+
+class TestQuestions:
+    @pytest.fixture
+    def folder(self, files, tmp_path):
+        for n, name in enumerate(("a.png", "b/a.png")):
+            files.picture(tmp_path / "data" / name, n)
+        return tmp_path / "data"
+
+    def read(self, file, **options):
+        return Questions(file, **options).read(Data(file.parent))
+
+    def test_a_list_and_lines_are_the_same_questions(self, files, folder):
+        rows = [QUESTION, {"image": "b/a.png", "question": "Is it red? ", "answer": ["no", "No."], "kind": "colour"}]
+        samples = self.read(files.json(folder / "mine.json", rows))
+        assert samples == self.read(files.jsonl(folder / "lines.json", rows))
+        assert [(s.id, s.question, s.expected, s.facts, s.image_name) for s in samples] == [
+            ("1", "How many dogs are there?" + SHORT, ["two"], {}, "a.png"),
+            ("2", "Is it red?" + SHORT, ["no", "No."], {"kind": "colour"}, "b/a.png"),
+        ]
+
+    def test_pictures_elsewhere(self, files, folder, tmp_path):
+        file = files.json(tmp_path / "mine.json", [QUESTION])
+        (sample,) = Questions(file).read(Data(tmp_path, images=[folder]))
+        assert sample.image == folder / "a.png"
+
+    @pytest.mark.parametrize("asked", ["Red?", f"Red?{SHORT}", f"Red? {SHORT.strip()}"])
+    def test_the_request_for_a_short_answer_is_there_once(self, files, folder, asked):
+        file = files.json(folder / "mine.json", [{**QUESTION, "question": asked}])
+        assert self.read(file)[0].question == f"Red?{SHORT}"
+        assert self.read(file, suffix="")[0].question == asked
+        assert self.read(file, suffix="\nBriefly.")[0].question == f"{asked}\nBriefly."
+
+    @pytest.mark.parametrize(
+        ("answers", "text", "score"),
+        [
+            (["two"], "Two.", 1), (["2 dogs"], "two dogs", 1), (["two"], "two dogs", 0),
+            (["a dog", "puppy"], "The puppy!", 1), (["a dog", "puppy"], "", 0),
+            (["Yes"], "Yes, there is.", 1), (["yes"], "No, yes", 0), (["yes"], "", 0), (["yes"], "Yesterday", 0),
+            (["no"], "There is no dog", 0), (["no", "No."], "No.\nNone", 1),
+            (["yes", "no"], "No dog", 0), (["yes", "no"], "no", 1), (["no", "none"], "None.", 1),
+        ],
+    )  # fmt: skip
+    def test_an_answer_is_one_of_the_right_ones_or_begins_with_the_right_yes_or_no(self, answers, text, score):
+        assert Questions().mark(Sample("1", "?", None, answers), said(text)).score == score
+
+    def test_an_answer_that_is_neither_counts_as_the_opposite(self, make_record):
+        rows = [
+            ("yes", "Yes"), ("yes", "yes."), ("yes", "Maybe"), ("no", "no"), ("no", "A dog"), ("no", "Yes"),
+            ("no", "no, none"), ("No.", "No"),
+        ]  # fmt: skip
+        metrics = self.summary(make_record, [([answer], text, "presence") for answer, text in rows])
+        values = {name: metric.value for name, metric in metrics.items()}
+        assert values == pytest.approx(
+            {"accuracy": 5 / 8, "presence/accuracy": 5 / 8, "presence/f1": 4 / 7, "presence/precision": 2 / 4,
+             "presence/recall": 2 / 3, "presence/yes_ratio": 4 / 8}
+        )  # fmt: skip
+
+    def test_a_kind_with_another_answer_has_its_accuracy_alone(self, make_record):
+        rows = [(["yes"], "yes", "mixed"), (["red"], "blue", "mixed"), (["two"], "2", None)]
+        values = {name: metric.value for name, metric in self.summary(make_record, rows).items()}
+        assert values == pytest.approx({"accuracy": 2 / 3, "mixed/accuracy": 1 / 2})
+
+    def summary(self, make_record, rows):
+        task, records = Questions(), []
+        for n, (answers, text, kind) in enumerate(rows):
+            mark = task.mark(Sample(str(n), "?", None, answers), said(text))
+            facts = {"kind": kind} if kind else {}
+            records.append(make_record(answers, mark.score, id=str(n), detail=mark.detail, facts=facts))
+        return task.summarize(records)
+
+    BAD = (
+        ({"anwser": "two"}, "unknown key anwser; expected image, question, answer, kind"),
+        ({"answer": 2}, "answer is 2; expected a text"),
+        ({"answer": ["two", 2]}, r"answer is \[.*\]; expected a list of texts"),
+        ({"answer": []}, r"answer is \[\]; expected words"),
+        ({"answer": ["dog", "the."]}, r"answer is \['dog', 'the\.'\]; expected words"),
+        ({"question": " "}, "question is empty; expected a text"),
+        ({"kind": None}, "kind is null; expected a text"),
+        ({"image": "c.png"}, r"no picture c\.png in"),
+        ({"image": "../a.png"}, r"the picture's name is '\.\./a\.png'; expected a path inside"),
+    )
+
+    @pytest.mark.parametrize(("change", "message"), BAD)
+    def test_a_bad_entry_is_named_or_skipped(self, files, folder, change, message):
+        rows = [QUESTION, {**QUESTION, **change}]
+        with pytest.raises(InputError, match=rf"mine\.json:entry 2: {message}"):
+            self.read(files.json(folder / "mine.json", rows))
+        file = files.jsonl(folder / "mine.jsonl", rows)
+        with pytest.raises(InputError, match=rf"mine\.jsonl:2: {message}"):
+            self.read(file)
+        data = Data(folder, skip_bad=True)
+        assert len(Questions(file).read(data)) == len(data.skipped) == 1
+
+    @pytest.mark.parametrize("key", ["image", "question", "answer"])
+    def test_a_missing_key_is_named(self, files, folder, key):
+        row = {name: value for name, value in QUESTION.items() if name != key}
+        with pytest.raises(InputError, match=rf"mine\.json:entry 1: missing key {key}"):
+            self.read(files.json(folder / "mine.json", [row]))
+
+    def test_without_a_file_the_folder_is_looked_through(self, files, folder, evaluate_tiny):
+        with pytest.raises(InputError, match=r"has no questions\.json or questions\.jsonl"):
+            make_task("questions", {}).read(Data(folder))
+        rows = [{**QUESTION, "answer": "yes", "kind": "presence"}, QUESTION]
+        files.jsonl(folder / "questions.jsonl", rows)
+        summary = evaluate_tiny("questions", folder).summary
+        assert set(summary["metrics"]) >= {"accuracy", "presence/accuracy", "presence/f1"}
 
 
 class TestAnimals:
