@@ -23,6 +23,8 @@ SPEC = ImageSpec(size=56, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), mode="pad",
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>"]
 COLOURS = {"red": (200, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 200), "white": (250, 250, 250)}
 
+TALK = (("What is it?", "It is red."), ("A picture?", "It is green."))
+
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -79,6 +81,17 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTok
     data = DataConfig(samples="-", image_tokens=(16, 4), image_token_weights=(0.5, 0.5))
     checkpoint.save_checkpoint(root / "base", model, tokenizer, build.describe(model, SPEC, tokenizer, data))
     return root
+
+
+@pytest.fixture(scope="session")
+def talks(workspace: Path) -> Path:
+    """The samples of the workspace, and a source ``chat`` without pictures: the first turn of TALK, or both."""
+    sources = json.loads((workspace / "samples.json").read_text())
+    said = [{"from": who, "value": text} for turn in TALK for who, text in zip(("human", "gpt"), turn, strict=True)]
+    sources["chat"] = [{"id": f"chat#{n}", "conversations": said[: 2 + 2 * (n % 2)]} for n in range(6)]
+    path = workspace / "with-talks.json"
+    path.write_text(json.dumps(sources))
+    return path
 
 
 @pytest.fixture

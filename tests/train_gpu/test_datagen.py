@@ -17,6 +17,7 @@ from llava_edge.cli import cli
 from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.train_gpu.config import SourceConfig
 from llava_edge.train_gpu.datagen.balance import PhraseTagger, balance
+from llava_edge.train_gpu.datagen.chat import chat, talks, usable
 from llava_edge.train_gpu.datagen.check import Rejected, accept
 from llava_edge.train_gpu.datagen.generate import Budget, Statistics, generate
 from llava_edge.train_gpu.datagen.llm import Endpoint, LocalLlm
@@ -281,6 +282,107 @@ def test_the_command_line_reports_and_resumes(server: Server, tmp_path: Path) ->
     done = CliRunner().invoke(cli, [*command, "--resume"])
     assert done.exit_code == 0
     assert json.loads(done.stdout)["accepted"] == 4
+
+
+def test_talks_differ_and_some_go_on() -> None:
+    made = talks(700, seed=5)
+    assert made == talks(700, seed=5)
+    assert made[:50] == talks(50, seed=5)
+    assert made[:50] != talks(50, seed=6)
+    first = [talk.questions[0] for talk in made]
+    assert len(set(first)) == 700
+    assert 40 < sum(len(talk.questions) == 2 for talk in made) < 100
+    for text in (question for talk in made for question in talk.questions):
+        assert text == " ".join(text.split())
+        assert not set("{}|<>") & set(text)
+        assert "picture" not in text
+    with pytest.raises(InputError, match=r"--count 9999 is more than the \d+ prompts"):
+        talks(9999, seed=0)
+
+
+TIP = "Boil the water. Add the tea"
+
+
+@pytest.mark.parametrize(
+    ("text", "cut_off", "kept"),
+    [
+        (" Paris. ", False, "Paris."),
+        (TIP, False, TIP),
+        (TIP, True, "Boil the water."),
+        ('She said "Go!" and w', True, 'She said "Go!"'),
+        ("1. Boil the water!\n2. Add", True, "1. Boil the water!"),
+        ("3 plus 4 is 7. That", True, "3 plus 4 is 7."),
+        ("Yes. No. Yes, I do.", False, "Yes. No. Yes, I do."),
+    ],
+)
+def test_answers_end_with_a_full_sentence(text: str, cut_off: bool, kept: str) -> None:
+    assert usable(text, cut_off=cut_off) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "cut_off", "reason"),
+    [
+        ("", False, "empty"),
+        ("An apple, a pear, a", True, "cut off"),
+        ("Sure! Here is a list of everything:\n1. Ap", True, "cut off"),
+        ("1. Apples\n2. Pe", True, "cut off"),
+        ("I like it. It is good. I like it.", False, "repeats"),
+        ("1. Wash it\n2. Dry it\n3. Wash it", False, "repeats"),
+        ("A river of life and a river of rain flows, a river of life and a river of rain.", False, "repeats"),
+        ("I can't see the picture.", False, "speaks of pictures"),
+        ("As an AI, I have no opinion.", False, "speaks of pictures or of itself"),
+    ],
+)
+def test_answers_that_teach_nothing_good_are_rejected(text: str, cut_off: bool, reason: str) -> None:
+    with pytest.raises(Rejected, match=reason):
+        usable(text, cut_off=cut_off)
+
+
+def test_a_talk_goes_on_from_the_answer_and_ends_before_a_bad_one(server: Server, tmp_path: Path) -> None:
+    asked = talks(120, 3)
+    going_on = {talk.questions[1] for talk in asked if len(talk.questions) > 1}
+    output = tmp_path / "chat.json"
+    server.reply = lambda question: f"You say: {question}"
+    statistics = chat(120, endpoint(server), output, seed=3)
+    samples = read_source(SourceConfig(str(output)), Skipped(False))
+    assert [(s.id, s.pictures) for s in samples] == [(f"chat#{i}", ()) for i in range(120)]
+    assert [s.turns for s in samples] == [tuple((q, f"You say: {q}") for q in talk.questions) for talk in asked]
+    assert statistics.questions == 120 + sum(len(talk.questions) - 1 for talk in asked)
+    second = next(r["messages"] for r in server.requests if len(r["messages"]) == 3)
+    assert [message["role"] for message in second] == ["user", "assistant", "user"]
+    assert second[1]["content"] == f"You say: {second[0]['content']}"
+
+    server.reply = lambda question: "So. So." if question in going_on else f"You say: {question}"
+    assert chat(120, endpoint(server), output, seed=3).questions == 120
+    samples = read_source(SourceConfig(str(output)), Skipped(False))
+    assert [s.turns[0][0] for s in samples] == [talk.questions[0] for talk in asked]
+
+
+def test_talks_keep_to_a_budget(server: Server, tmp_path: Path) -> None:
+    server.reply = lambda question: f"You say: {question}"
+    output = tmp_path / "chat.json"
+    first = chat(30, endpoint(server), output, max_tokens=50, max_tokens_total=1000)
+    assert 0 < first.tokens <= 1000
+    assert first.left == 30 - first.accepted > 0
+    with pytest.raises(InputError, match="other settings"):
+        chat(31, endpoint(server), output, resume=True)
+    assert chat(30, endpoint(server), output, max_tokens=50, resume=True).accepted == 30
+
+
+def test_a_local_model_talks_and_a_stopped_run_goes_on(tiny_llm: Path, tmp_path: Path) -> None:
+    output = tmp_path / "chat.json"
+    command = ["datagen", "chat", "--llm", str(tiny_llm), "-o", str(output), "--count", "12", "--max-tokens", "24"]
+    stopped = CliRunner().invoke(cli, [*command, "--max-tokens-total", "400"])
+    assert stopped.exit_code == 0, stopped.output
+    assert "talks are left for --resume" in stopped.stderr
+    done = CliRunner().invoke(cli, [*command, "--resume", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert (told["talks"], told["left"], told["failed"]) == (12, 0, 0)
+    assert told["accepted"] == len(json.loads(output.read_text())) == 12 - told["rejected"]
+    rejects = [json.loads(line) for line in (tmp_path / "chat.json.rejects.jsonl").read_text().splitlines()]
+    assert sum(told["reasons"].values()) == len(rejects) == told["rejected"]
+    assert not (tmp_path / "chat.json.run.jsonl").exists()
 
 
 def test_noun_phrases_are_found_by_a_real_tagger() -> None:

@@ -78,6 +78,20 @@ def test_tuned_norms_bring_a_rounded_model_nearer_and_change_nothing_else(
 
 
 @pytest.mark.usefixtures("rounded")
+def test_norms_are_tuned_on_samples_without_a_picture_too(
+    make: Callable[..., Recipe], talks: Path, workspace: Path, tmp_path: Path
+) -> None:
+    output = train(make("talks", "optim.steps=30", f"data.samples={talks}", "data.weights={chat = 1.0}"))
+    lines = (tmp_path / "talks.run" / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert 0 < np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    before, after = (load_file(folder / "model.safetensors") for folder in (workspace / "base", output))
+    changed = {name for name in before if "language_model" in name and not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "language_model" in name and name.endswith("norm.weight")}
+    train(make("mixed", "optim.steps=4", f"data.samples={talks}", "data.weights={colours = 0.5, chat = 0.5}"))
+
+
+@pytest.mark.usefixtures("rounded")
 def test_a_run_that_was_resumed_ends_with_the_same_norms(make: Callable[..., Recipe], tmp_path: Path) -> None:
     whole = train(make("whole", "optim.steps=6", "save_every=3"))
     (tmp_path / "whole").rename(tmp_path / "first")

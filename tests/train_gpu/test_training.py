@@ -23,6 +23,9 @@ from llava_edge.train_gpu.optim import learning_rate_factor
 from llava_edge.train_gpu.prompts import IGNORE, Tokens
 from llava_edge.train_gpu.recipe_file import load_recipe
 from llava_edge.train_gpu.rows import Batch, collate, make_document
+from llava_edge.train_gpu.samples import Sample
+
+from .conftest import TALK
 
 RECIPE = """
 stage = "{stage}"
@@ -182,6 +185,40 @@ def test_neither_padding_nor_packing_changes_the_loss(exact: Run) -> None:
         packed = trainee(batch_of(exact, [[[0, 1], [2], [4]]], 16))
     torch.testing.assert_close(padded, each, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(packed, each, rtol=1e-5, atol=1e-4)
+
+
+def test_samples_without_a_picture_are_trained_on_beside_a_cache_of_features(
+    workspace: Path, talks: Path, tmp_path: Path
+) -> None:
+    shares = (f"data.samples={talks}", "data.weights={colours = 0.3, chat = 0.7}", "optim.batch_size=2")
+    options = (*shares, "data.packing=true", "scale.precision=float32")
+    run = Run(recipe(workspace, tmp_path / "out", "finetune", 4, *options))
+    trainee, mixture = run.engine.trainee, run.mixture
+    pictures = set()
+    with torch.no_grad():
+        for number in range(12):
+            documents, _ = mixture.documents(number)
+            pictures.add(tuple(sorted(len(document.pictures) for document in documents)))
+            together, *alone = (
+                sum(trainee(batch) for batch in mixture.batches(part, mixture.image_tokens(number)))
+                for part in (documents, *([document] for document in documents))
+            )
+            torch.testing.assert_close(together, sum(alone), rtol=1e-5, atol=1e-4)
+    assert pictures >= {(0, 0), (0, 1)}  # steps without any, and rows of both kinds
+    run.loop()
+    assert run.finish().is_dir()
+    assert changed(workspace, train(recipe(workspace, tmp_path / "align", "align", 0, *shares)))
+
+
+def test_the_loss_of_a_talk_without_a_picture_is_that_of_transformers(workspace: Path, exact: Run) -> None:
+    renderer = exact.mixture.renderer
+    tokens = renderer.render(Sample("talk", TALK))
+    model = build.load_model(str(workspace / "base")).float().eval()
+    ids, labels = torch.tensor([tokens.ids]), torch.tensor([tokens.labels])
+    (batch,) = exact.mixture.batches([make_document([tokens], (), "talk", renderer.image_token, 4)], 4)
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=labels).loss * batch.n_labels
+        torch.testing.assert_close(exact.engine.trainee(batch), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_merged_adapters_equal_applied_ones(workspace: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Instructions for many pictures: concurrent, within a budget, and to be taken up again after a stop.
+"""Instructions for many pictures, or talks: concurrent, within a budget, and to be taken up again after a stop.
 
-Every finished picture is a line in ``OUT.run.jsonl`` at once. The output is made of these lines in the pictures'
-order, so nothing is lost and nothing is there twice, however often a run was stopped.
+Every finished one is a line in ``OUT.run.jsonl`` at once. The output is made of these lines in the order of what was
+asked, so nothing is lost and nothing is there twice, however often a run was stopped.
 """
 
 from __future__ import annotations
@@ -15,20 +15,71 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from llava_edge.errors import ContextFullError, InputError, LlavaEdgeError
-from llava_edge.train_gpu.datagen.check import Rejected, accept
-from llava_edge.train_gpu.datagen.llm import Llm, LlmError
+from llava_edge.train_gpu.datagen.check import Rejected, Turns, accept
+from llava_edge.train_gpu.datagen.llm import Completion, Llm, LlmError
 from llava_edge.train_gpu.datagen.scenes import Scene
-from llava_edge.train_gpu.datagen.tasks import Kind, messages
+from llava_edge.train_gpu.datagen.tasks import Kind, Message, messages
 
 log = logging.getLogger(__name__)
+
+Say = Callable[[Sequence[Message]], Completion]
+"""What a language model says to messages."""
+
+
+class Job(Protocol):
+    """One sample to be made; its name is its own in a run."""
+
+    @property
+    def name(self) -> str: ...
+
+    def most_tokens(self, max_tokens: int) -> int:
+        """What it costs at most, with answers of so many tokens."""
+        ...
+
+    def ask(self, say: Say) -> Turns:
+        """Questions and answers; Rejected, if what was said can't be used."""
+        ...
+
+    def sample(self, turns: Turns) -> dict[str, Any]:
+        """The turns as LLaVA JSON."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Instructions of a kind on what is known of a picture."""
+
+    kind: Kind
+    scene: Scene
+
+    @property
+    def name(self) -> str:
+        return self.scene.image
+
+    def most_tokens(self, max_tokens: int) -> int:
+        return sum(len(text) for _, text in messages(self.kind, self.scene)) // 3 + max_tokens
+
+    def ask(self, say: Say) -> Turns:
+        completion = say(messages(self.kind, self.scene))
+        return accept(self.kind, self.scene, completion.text, cut_off=completion.cut_off)
+
+    def sample(self, turns: Turns) -> dict[str, Any]:
+        (question, answer), *more = turns
+        said = conversation([(f"<image>\n{question}", answer), *more])
+        return {"id": Path(self.name).stem, "image": self.name, "conversations": said}
+
+
+def conversation(turns: Turns) -> list[dict[str, str]]:
+    """Questions and answers as LLaVA JSON has them."""
+    return [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
 
 
 @dataclass
 class Statistics:
-    """What became of the pictures. ``stopped`` says why there are some left, if there are."""
+    """What became of the pictures, or talks. ``stopped`` says why there are some left, if there are."""
 
     pictures: int
     accepted: int = 0
@@ -68,47 +119,48 @@ class Budget:
 
 
 class Progress:
-    """The finished pictures of an output, on disk."""
+    """What is finished of an output, on disk, by the name that a record has under ``key``."""
 
-    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool) -> None:
+    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool, key: str = "image") -> None:
+        self.key = key
         self.path = output.with_name(output.name + ".run.jsonl")
         self.done: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
         if self.path.exists():
             if not resume:
                 raise InputError(
                     f"{self.path} holds a run that was stopped", hint="Go on with --resume, or remove this file."
                 )
-            self._read(key)
+            self._read(digest)
         else:
             output.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps({"settings": key}) + "\n", encoding="utf-8")
+            self.path.write_text(json.dumps({"settings": digest}) + "\n", encoding="utf-8")
 
-    def _read(self, key: str) -> None:
+    def _read(self, digest: str) -> None:
         records = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 records.append(json.loads(line))
             except json.JSONDecodeError:
-                break  # the line that a kill cut off; its picture is asked again
-        if not records or records[0].get("settings") != key:
+                break  # the line that a kill cut off; it is asked again
+        if not records or records[0].get("settings") != digest:
             raise InputError(
                 f"{self.path} is of a run with other settings",
                 hint="Give the options of that run, or remove this file to begin again.",
             )
-        self.done = {record["image"]: record for record in records[1:]}
+        self.done = {record[self.key]: record for record in records[1:]}
         whole = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         partial = self.path.with_name(self.path.name + ".partial")
         partial.write_text(whole, encoding="utf-8")
         partial.replace(self.path)
 
     def add(self, record: dict[str, Any]) -> None:
-        """Keep one finished picture."""
+        """Keep one that is finished."""
         with self._lock:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self.done[record["image"]] = record
+            self.done[record[self.key]] = record
 
     def finish(self) -> None:
         """Forget the run, once everything is in the output."""
@@ -139,17 +191,35 @@ def generate(
     if twice:
         raise InputError(f"the picture {twice[0]} is there {Counter(names)[twice[0]]} times")
     progress = Progress(output, {"kind": kind, "pictures": names, **(settings or {})}, resume=resume)
+    return ask_all(
+        [_Picture(kind, scene) for scene in scenes], llm, output, progress, concurrency=concurrency,
+        max_tokens=max_tokens, max_tokens_total=max_tokens_total, told=told,
+    )  # fmt: skip
+
+
+def ask_all(
+    jobs: Sequence[Job],
+    llm: Llm,
+    output: Path,
+    progress: Progress,
+    *,
+    concurrency: int = 4,
+    max_tokens: int = 512,
+    max_tokens_total: int | None = None,
+    told: Callable[[Callable[[], Statistics]], None] = lambda statistics: None,
+) -> Statistics:
+    """Ask for all that ``progress`` lacks; see :func:`generate`."""
     budget = Budget(max_tokens_total, sum(record["tokens"] for record in progress.done.values()))
-    work = _Work(kind, llm, progress, budget, max_tokens)
-    waiting: queue.SimpleQueue[Scene] = queue.SimpleQueue()
-    for scene in scenes:
-        if scene.image not in progress.done:
-            waiting.put(scene)
+    work = _Work(llm, progress, budget, max_tokens, len(jobs))
+    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    for job in jobs:
+        if job.name not in progress.done:
+            waiting.put(job)
     try:
-        _run(work, waiting, concurrency, lambda: told(lambda: work.statistics(scenes)))
+        _run(work, waiting, concurrency, lambda: told(work.statistics))
     finally:
-        statistics = work.statistics(scenes)
-        _write(output, [progress.done[name] for name in names if name in progress.done])
+        statistics = work.statistics()
+        _write(output, [(job, progress.done[job.name]) for job in jobs if job.name in progress.done])
     if not statistics.left and not statistics.failed:
         progress.finish()
     if work.broken is not None:
@@ -160,41 +230,43 @@ def generate(
 class _Work:
     """What the threads share."""
 
-    def __init__(self, kind: Kind, llm: Llm, progress: Progress, budget: Budget, max_tokens: int) -> None:
-        self.kind, self.llm, self.progress, self.budget, self.max_tokens = kind, llm, progress, budget, max_tokens
+    def __init__(self, llm: Llm, progress: Progress, budget: Budget, max_tokens: int, count: int) -> None:
+        self.llm, self.progress, self.budget, self.max_tokens, self.count = llm, progress, budget, max_tokens, count
         self.errors: dict[str, str] = {}
         self.stopped: str | None = None
         self.broken: Exception | None = None
 
-    def one(self, scene: Scene) -> None:
-        """Ask about one picture and keep what came of it."""
-        asked = messages(self.kind, scene)
-        most = sum(len(text) for _, text in asked) // 3 + self.max_tokens
+    def one(self, job: Job) -> None:
+        """Ask for one sample and keep what came of it."""
+        most = job.most_tokens(self.max_tokens)
         if not self.budget.reserve(most):
             self.stopped = "the budget of tokens is spent"
             return
-        spent = 0
+        said: list[Completion] = []
+
+        def say(asked: Sequence[Message]) -> Completion:
+            said.append(self.llm.complete(asked, self.max_tokens))
+            return said[-1]
+
+        record: dict[str, Any] = {self.progress.key: job.name}
         try:
-            completion = self.llm.complete(asked, self.max_tokens)
-            spent = completion.tokens
+            record["turns"] = job.ask(say)
+        except Rejected as reason:
+            record |= {"reason": str(reason), "text": said[-1].text}
         except (LlmError, ContextFullError) as error:
-            self.errors[scene.image] = str(error)
+            self.errors[job.name] = str(error)
             return
         finally:
-            self.budget.settle(most, spent)
-        record: dict[str, Any] = {"image": scene.image, "tokens": spent}
-        try:
-            record["turns"] = accept(self.kind, scene, completion.text, cut_off=completion.cut_off)
-        except Rejected as reason:
-            record |= {"reason": str(reason), "text": completion.text}
+            record["tokens"] = sum(completion.tokens for completion in said)
+            self.budget.settle(most, record["tokens"])
         self.progress.add(record)
 
-    def statistics(self, scenes: Sequence[Scene]) -> Statistics:
+    def statistics(self) -> Statistics:
         """How far it is."""
         done = list(self.progress.done.values())
         turns = [turn for record in done for turn in record.get("turns", ())]
         counted = Statistics(
-            pictures=len(scenes),
+            pictures=self.count,
             accepted=sum("turns" in record for record in done),
             rejected=sum("reason" in record for record in done),
             failed=len(self.errors),
@@ -209,7 +281,7 @@ class _Work:
         return counted
 
 
-def _run(work: _Work, waiting: queue.SimpleQueue[Scene], concurrency: int, told: Callable[[], None]) -> None:
+def _run(work: _Work, waiting: queue.SimpleQueue[Job], concurrency: int, told: Callable[[], None]) -> None:
     """Work the queue off with daemon threads, so that an interruption need not wait for slow answers."""
     ended: queue.SimpleQueue[None] = queue.SimpleQueue()
 
@@ -236,18 +308,9 @@ def _run(work: _Work, waiting: queue.SimpleQueue[Scene], concurrency: int, told:
         raise
 
 
-def _write(output: Path, records: list[dict[str, Any]]) -> None:
-    samples, rejects = [], []
-    for record in records:
-        if "turns" not in record:
-            rejects.append(record)
-            continue
-        said = []
-        for number, (question, answer) in enumerate(record["turns"]):
-            said.append({"from": "human", "value": question if number else f"<image>\n{question}"})
-            said.append({"from": "gpt", "value": answer})
-        name = record["image"]
-        samples.append({"id": Path(name).stem, "image": name, "conversations": said})
+def _write(output: Path, finished: list[tuple[Job, dict[str, Any]]]) -> None:
+    samples = [job.sample(record["turns"]) for job, record in finished if "turns" in record]
+    rejects = [record for _, record in finished if "turns" not in record]
     replace_text(output, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
     replace_text(
         output.with_name(output.name + ".rejects.jsonl"),

@@ -1,8 +1,9 @@
-"""``llava-edge datagen``: instructions written by a language model from captions and boxes, and balanced captions."""
+"""``llava-edge datagen``: what a language model writes from captions and boxes, or says without; balanced captions."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -24,41 +25,55 @@ if TYPE_CHECKING:
 
 @click.group(short_help="Make training data from captions and boxes.")
 def datagen() -> None:
-    """Make training data: instructions that a language model writes from captions and boxes, balanced captions."""
+    """Make training data: what a language model writes from captions and boxes, or says without; balanced captions."""
 
 
-def _options(command: Any) -> Any:
-    existing = click.Path(exists=True, dir_okay=False, path_type=Path)
-    for option in (
-        debug_option,
-        click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON."),
-        click.option("--quiet", is_flag=True, help="Show no progress."),
-        click.option("--resume", is_flag=True, help="Go on with the pictures that a stopped run left."),
-        click.option("--seed", type=int, default=0, show_default=True),
-        click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True),
-        click.option("--timeout", type=click.FloatRange(1), default=120, show_default=True,
-                     help="Seconds that an endpoint may take for an answer."),
-        click.option("--retries", type=click.IntRange(0), default=6, show_default=True,
-                     help="Further attempts where an endpoint fails."),
-        click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True,
-                     help="Requests at a time; a local model answers one at a time."),
-        click.option("--max-tokens-total", type=click.IntRange(1), help="Stop before more than these are spent."),
-        click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."),
-        click.option("--limit", type=click.IntRange(1), help="Only the first so many pictures."),
-        click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True,
-                     help="Environment variable that holds an endpoint's key."),
-        click.option("--llm-model", metavar="NAME", help="The model's name at the endpoint."),
-        click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True,
-                     help="LLaVA JSON to write; rejects go to OUTPUT.rejects.jsonl."),
+def _writer(max_tokens: int) -> Callable[[Any], Any]:
+    """The options of a command that asks a language model, with its longest answer."""
+    return _together(
         click.option("--llm", required=True, metavar="ENDPOINT|GGUF",
                      help="Address of an OpenAI-compatible API, as http://localhost:8080/v1, or a GGUF file."),
-        click.option("--split", default="train", show_default=True, help="Split of captions by split."),
-        click.option("--boxes", type=existing, help="COCO instances, or JSON lines with instances."),
-        click.option("--captions", type=existing, required=True,
-                     help="Captions of Flickr8k or COCO, or JSON lines with image, captions and instances."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+        click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True,
+                     help="LLaVA JSON to write; rejects go to OUTPUT.rejects.jsonl."),
+        click.option("--llm-model", metavar="NAME", help="The model's name at the endpoint."),
+        click.option("--api-key-env", default="OPENAI_API_KEY", show_default=True,
+                     help="Environment variable that holds an endpoint's key."),
+        click.option("--max-tokens", type=click.IntRange(1), default=max_tokens, show_default=True,
+                     help="Longest answer."),
+        click.option("--max-tokens-total", type=click.IntRange(1), help="Stop before more than these are spent."),
+        click.option("--concurrency", type=click.IntRange(1, 256), default=4, show_default=True,
+                     help="Requests at a time; a local model answers one at a time."),
+        click.option("--retries", type=click.IntRange(0), default=6, show_default=True,
+                     help="Further attempts where an endpoint fails."),
+        click.option("--timeout", type=click.FloatRange(1), default=120, show_default=True,
+                     help="Seconds that an endpoint may take for an answer."),
+        click.option("--temperature", type=click.FloatRange(0, 2), default=0.7, show_default=True),
+        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--resume", is_flag=True, help="Go on with what a stopped run left."),
+        click.option("--quiet", is_flag=True, help="Show no progress."),
+        click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON."),
+        debug_option,
+    )  # fmt: skip
+
+
+def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_existing = click.Path(exists=True, dir_okay=False, path_type=Path)
+_options = _together(
+    click.option("--captions", type=_existing, required=True,
+                 help="Captions of Flickr8k or COCO, or JSON lines with image, captions and instances."),
+    click.option("--boxes", type=_existing, help="COCO instances, or JSON lines with instances."),
+    click.option("--split", default="train", show_default=True, help="Split of captions by split."),
+    click.option("--limit", type=click.IntRange(1), help="Only the first so many pictures."),
+    _writer(max_tokens=512),
+)  # fmt: skip
 
 
 @datagen.command(short_help="Questions and short answers about each picture.")
@@ -69,69 +84,90 @@ def conversation(**options: Any) -> None:
     \b
     llava-edge datagen conversation --captions flickr8k-captions.json --split dev --llm model.gguf -o talks.json
     """
-    _run("conversation", **options)
+    _from_pictures("conversation", **options)
 
 
 @datagen.command(short_help="A detailed description of each picture.")
 @_options
 def detail(**options: Any) -> None:
     """Write a detailed description of each picture, from its captions and boxes."""
-    _run("detail", **options)
+    _from_pictures("detail", **options)
 
 
 @datagen.command(short_help="A question that takes thought about each picture.")
 @_options
 def reasoning(**options: Any) -> None:
     """Write a question that takes reasoning, and its answer, about each picture, from its captions and boxes."""
-    _run("reasoning", **options)
+    _from_pictures("reasoning", **options)
+
+
+@datagen.command(short_help="A language model's own answers without a picture.")
+@click.option("--count", type=click.IntRange(1), default=600, show_default=True, help="Different prompts to ask.")
+@_writer(max_tokens=96)
+def chat(count: int, seed: int, **options: Any) -> None:
+    """Ask a language model questions without a picture, for a training to keep what it says to them.
+
+    Nothing else is sent: the system message is that of the model's own chat template, if it has one. An answer that
+    was cut off ends with its last full sentence.
+
+    \b
+    llava-edge datagen chat --llm original.gguf -o chat.json
+    """
+    from llava_edge.train_gpu.datagen.chat import chat as ask
+
+    _run("talks", lambda llm, output, **common: ask(count, llm, output, seed=seed, **common), seed=seed, **options)
+
+
+def _from_pictures(
+    kind: Kind, *, captions: Path, boxes: Path | None, split: str, limit: int | None, **options: Any
+) -> None:
+    from llava_edge.train_gpu.datagen.generate import generate
+    from llava_edge.train_gpu.datagen.scenes import read_scenes
+
+    scenes = read_scenes(captions, boxes, split)[:limit]
+    _run("pictures", functools.partial(generate, kind, scenes), **options)
 
 
 def _run(
-    kind: Kind,
+    things: str,
+    make: Callable[..., Statistics],
     *,
-    captions: Path,
-    boxes: Path | None,
-    split: str,
     llm: str,
     output: Path,
     llm_model: str | None,
     api_key_env: str,
-    limit: int | None,
     max_tokens: int,
-    max_tokens_total: int | None,
-    concurrency: int,
     retries: int,
     timeout: float,
     temperature: float,
     seed: int,
-    resume: bool,
     quiet: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    from llava_edge.train_gpu.datagen.generate import generate
+    """Let a language model answer all that ``make`` asks it."""
     from llava_edge.train_gpu.datagen.llm import open_llm
-    from llava_edge.train_gpu.datagen.scenes import read_scenes
 
-    scenes = read_scenes(captions, boxes, split)[:limit]
     writer = open_llm(
         llm, model=llm_model, api_key=os.environ.get(api_key_env), temperature=temperature, seed=seed,
         retries=retries, timeout_seconds=timeout,
     )  # fmt: skip
     try:
-        statistics = generate(
-            kind, scenes, writer, output, concurrency=concurrency, max_tokens=max_tokens,
-            max_tokens_total=max_tokens_total, resume=resume, told=_Teller(quiet),
+        statistics = make(
+            writer, output, max_tokens=max_tokens, told=_Teller(things, quiet),
             settings={"llm": llm, "model": llm_model, "seed": seed, "temperature": temperature, "max": max_tokens},
+            **options,
         )  # fmt: skip
     finally:
         writer.close()
-    _tell(statistics, output, as_json)
+    _tell(statistics, things, output, as_json)
 
 
 class _Teller:
     """Shows how far it is, at most every two seconds."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, things: str, quiet: bool) -> None:
+        self.things = things
         self.quiet = quiet
         self.began = self.last = time.monotonic()
 
@@ -144,30 +180,31 @@ class _Teller:
         done = statistics.accepted + statistics.rejected
         left = (now - self.began) / max(done, 1) * statistics.left
         terminal.note(
-            f"{done} of {statistics.pictures} pictures, {statistics.rejected} rejected, {statistics.failed} failed, "
-            f"{statistics.tokens:,} tokens, about {left:.0f} s left"
+            f"{done} of {statistics.pictures} {self.things}, {statistics.rejected} rejected, "
+            f"{statistics.failed} failed, {statistics.tokens:,} tokens, about {left:.0f} s left"
         )
 
 
-def _tell(statistics: Statistics, output: Path, as_json: bool) -> None:
+def _tell(statistics: Statistics, things: str, output: Path, as_json: bool) -> None:
     if as_json:
-        terminal.data(json.dumps({"output": str(output), **dataclasses.asdict(statistics)}) + "\n")
+        values = dataclasses.asdict(statistics)
+        terminal.data(json.dumps({"output": str(output), things: values.pop("pictures"), **values}) + "\n")
     else:
         terminal.data(f"{output}\n")
         terminal.note(
-            f"{statistics.accepted} of {statistics.pictures} pictures accepted with {statistics.questions} questions, "
+            f"{statistics.accepted} of {statistics.pictures} {things} accepted with {statistics.questions} questions, "
             f"{statistics.rejected} rejected, {statistics.tokens:,} tokens"
         )
         for reason, count in statistics.reasons.items():
             terminal.note(f"  {count} x {reason}")
     if statistics.failed:
-        picture, why = next(iter(statistics.errors.items()))
+        name, why = next(iter(statistics.errors.items()))
         raise LlavaEdgeError(
-            f"{statistics.failed} of {statistics.pictures} pictures failed; {picture}: {why}",
+            f"{statistics.failed} of {statistics.pictures} {things} failed; {name}: {why}",
             hint="Run it again with --resume to ask for these alone.",
         )
     if statistics.stopped:
-        terminal.note(f"{statistics.stopped}; {statistics.left} pictures are left for --resume with a higher limit")
+        terminal.note(f"{statistics.stopped}; {statistics.left} {things} are left for --resume with a higher limit")
 
 
 @datagen.command("filter-captions", short_help="Thin out captions that all speak of the same things.")
