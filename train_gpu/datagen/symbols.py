@@ -136,13 +136,13 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
-def presence(noun: str, present: bool, rng: Random) -> Turn:
-    """A yes/no question on a thing."""
+def presence(noun: str, present: bool, rng: Random, short: float = 0.3) -> Turn:
+    """A yes/no question on a thing; ``short`` is how often it asks for a single word."""
     thing = noun if noun == "snow" else article(noun)
     question = rng.choice(
         (f"Is there {thing} in the picture?", f"Is there {thing}?", f"Do you see {thing}?", f"Can you see {thing}?")
     )
-    if rng.random() < 0.3:
+    if rng.random() < short:
         return f"{question}\n{SHORT_ANSWER}", "Yes" if present else "No"
     return question, f"Yes, there is {thing} in the picture." if present else f"No, there is no {noun} in the picture."
 

@@ -35,7 +35,7 @@ COMMANDS = {
     "quantize": ("llava_edge.cli.quantize:quantize", "Make a bundle smaller."),
     "imatrix": ("llava_edge.cli.imatrix:imatrix", "Learn from pictures and answers which weights matter most."),
     "train": ("llava_edge.cli.train:train", "Run one stage of training from a recipe."),
-    "datagen": ("llava_edge.cli.datagen:datagen", "Make training data from captions and boxes."),
+    "datagen": ("llava_edge.cli.datagen:datagen", "Make training data: instructions, captions, drawn pictures."),
     "eval": ("llava_edge.cli.evaluate:evaluate", "Score a model on pictures with known answers."),
     "native": ("llava_edge.cli.native:native", "Say where libllava_edge finds what it is built against."),
     "bench": ("llava_edge.cli.bench:bench", "Measure speed, memory and what quantisation costs."),

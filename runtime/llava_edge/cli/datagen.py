@@ -1,4 +1,4 @@
-"""``llava-edge datagen``: what a language model writes from captions and boxes, or says without; balanced captions."""
+"""``llava-edge datagen``: instructions from a language model, captions that are chosen, pictures that are drawn."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from llava_edge.train_gpu.datagen.tasks import Kind
 
 
-@click.group(short_help="Make training data from captions and boxes.")
+@click.group(short_help="Make training data: instructions, captions, drawn pictures.")
 def datagen() -> None:
-    """Make training data: what a language model writes from captions and boxes, or says without; balanced captions."""
+    """Make training data: instructions from captions and boxes, chosen captions, drawn pictures."""
 
 
 def _writer(max_tokens: int) -> Callable[[Any], Any]:
@@ -339,6 +340,56 @@ def best_captions(
             f"{made.kept} of {made.drawn} captions kept; CIDEr-D {means['kept_score']:.3f}, "
             f"of all that were drawn {means['drawn_score']:.3f}"
         )
+
+
+@datagen.command(short_help="Draw pictures of which everything is known, with questions.")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True,
+              help="Folder to write; it must not exist yet.")  # fmt: skip
+@click.option("--count", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Pictures to draw.")
+@click.option("--icons", type=click.Path(exists=True, file_okay=False, path_type=Path), multiple=True,
+              help="Unpacked npm package of icons, as @iconify-json/noto; may be repeated.")  # fmt: skip
+@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Folder of photographs, as grounds of some pictures with icons.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON.")
+@debug_option
+def scenes(
+    output: Path, count: int, icons: tuple[Path, ...], photos: Path | None, seed: int, quiet: bool, as_json: bool
+) -> None:
+    """Draw pictures of coloured shapes, and of icons if there are any, with questions on what is in them.
+
+    OUTPUT gets the pictures, samples.json to train on (a source of format llava) and questions.json for
+    `llava-edge eval questions`: number, colour, place, size and presence.
+
+    \b
+    llava-edge datagen scenes --icons noto/package --photos photos --count 2000 -o scenes
+    llava-edge eval questions scenes/questions.json
+    """
+    from random import Random
+
+    from llava_edge.train_gpu.datagen import picture_sets
+    from llava_edge.train_gpu.datagen.icons import by_noun, read_icons
+
+    if output.exists():
+        raise InputError(f"{output} is there already", hint="Name a folder that does not exist, or remove this one.")
+    known = by_noun([icon for package in icons for icon in read_icons(package)])
+    grounds = picture_sets.read_photos(photos, Random(seed))
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with click.progressbar(length=count, label="pictures", file=sys.stderr, hidden=quiet) as bar:
+            for _ in picture_sets.write_scenes(partial, count, known, grounds, seed):
+                bar.update(1)
+        partial.rename(output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    counts = {"pictures": count} | {
+        name: len(json.loads((output / f"{name}.json").read_text())) for name in ("samples", "questions")
+    }
+    terminal.data(json.dumps({"output": str(output), **counts}) + "\n" if as_json else f"{output}\n")
+    if not as_json:
+        terminal.note(f"{count} pictures, {counts['samples']} samples, {counts['questions']} questions")
 
 
 def _write(output: Path, values: Any) -> None:

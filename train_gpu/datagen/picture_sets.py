@@ -1,0 +1,140 @@
+"""Folders of drawn pictures with LLaVA samples and with questions for ``llava-edge eval questions``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from llava_edge.errors import InputError
+from llava_edge.images import open_image
+from llava_edge.train_gpu.datagen import compose, symbols
+from llava_edge.train_gpu.datagen.icons import Icon, draw_icon
+from llava_edge.train_gpu.samples import PICTURE_SUFFIXES
+
+Sample = dict[str, Any]
+QUESTIONS = "questions.json"
+SAMPLES = "samples.json"
+
+
+def sample(image: str, number: int, turns: Sequence[symbols.Turn]) -> Sample:
+    """LLaVA JSON of a conversation about a picture."""
+    conversation = []
+    for index, (question, answer) in enumerate(turns):
+        conversation.append({"from": "human", "value": f"<image>\n{question}" if index == 0 else question})
+        conversation.append({"from": "gpt", "value": answer})
+    return {"id": f"{image}#{number}", "image": image, "conversations": conversation}
+
+
+def samples(image: str, turns: Sequence[symbols.Turn], rng: Random, chained: float = 0.15) -> list[Sample]:
+    """One sample a question, and now and then a conversation of up to three questions."""
+    made = [sample(image, number, [turn]) for number, turn in enumerate(turns)]
+    different = list({question: (question, answer) for question, answer in turns}.values())
+    if len(different) > 1 and rng.random() < chained * len(turns) ** 0.5:
+        chain = rng.sample(different, min(len(different), rng.choice((2, 3))))
+        made.append(sample(image, len(turns), chain))
+    return made
+
+
+def read_photos(folder: Path | None, rng: Random, count: int = 400) -> list[Image.Image]:
+    """Up to ``count`` pictures of a folder, drawn at random, as grounds; large ones are made smaller."""
+    if folder is None:
+        return []
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        raise InputError(f"{folder} has no pictures; expected {', '.join(PICTURE_SUFFIXES)}")
+    photos = []
+    for path in rng.sample(paths, min(len(paths), count)):
+        photo = open_image(path)
+        photo.thumbnail((4 * compose.SIZE, 4 * compose.SIZE))
+        photos.append(photo)
+    return photos
+
+
+def write_scenes(
+    folder: Path, count: int, icons: Mapping[str, Sequence[Icon]], photos: Sequence[Image.Image], seed: int
+) -> Iterator[int]:
+    """Write ``count`` composed pictures to ``folder``, with ``samples.json`` and ``questions.json``.
+
+    Every question of ``questions.json`` asks for a word. Yields how many pictures are done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    every: list[Sample] = []
+    asked: list[dict[str, Any]] = []
+    for number in range(count):
+        rng = Random(f"{seed} scene {number}")
+        scene = compose.compose(icons, photos, rng)
+        name = f"{number:05d}.jpg"
+        scene.picture.save(folder / name, quality=92)
+        known = compose.questions(scene, sorted(icons), rng)
+        turns = [q.turn(short=q.kind not in ("absent", "description") and rng.random() < 0.5) for q in known]
+        every += samples(name, turns, rng)
+        asked += [
+            {"image": name, "question": q.text, "answer": q.word, "kind": q.kind}
+            for q in known
+            if q.kind not in ("absent", "description")
+        ]
+        yield number + 1
+    write_questions(folder, asked)
+    _write(folder / SAMPLES, every)
+
+
+def hold_out(icons: Sequence[Icon], share: float = 0.12) -> tuple[list[Icon], list[Icon]]:
+    """Icons to train on and icons that are kept out, chosen by the SHA-256 of their names.
+
+    Only those are kept out of which another drawing of the same thing is left.
+    """
+    left = {icon.noun: sum(other.noun == icon.noun for other in icons) for icon in icons}
+    kept_out = []
+    for icon in sorted(icons, key=_digest):
+        if left[icon.noun] > 1 and len(kept_out) < share * len(icons):
+            left[icon.noun] -= 1
+            kept_out.append(icon)
+    return [icon for icon in icons if icon not in set(kept_out)], kept_out
+
+
+def _digest(icon: Icon) -> str:
+    return hashlib.sha256(f"{icon.collection}/{icon.slug}".encode()).hexdigest()
+
+
+def write_icons(
+    folder: Path, icons: Sequence[Icon], photos: Sequence[Image.Image], seed: int, each: int = 1
+) -> Iterator[int]:
+    """Write ``each`` pictures of every icon to ``folder``, with ``samples.json`` and ``questions.json`` on its name.
+
+    Yields how many pictures are done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    nouns = sorted({icon.noun for icon in icons})
+    every: list[Sample] = []
+    asked: list[dict[str, Any]] = []
+    for number, icon in enumerate(icon for icon in icons for _ in range(each)):
+        rng = Random(f"{seed} icon {icon.collection}/{icon.slug} {number}")
+        name = f"{icon.collection}-{icon.slug}-{number % each}.jpg"
+        compose.compose_one(draw_icon(icon), photos, rng).save(folder / name, quality=92)
+        others = [noun for noun in rng.sample(nouns, min(20, len(nouns))) if noun not in icon.accepted]
+        every += samples(name, symbols.name_turns(icon.noun, None, others, rng), rng)
+        asked.append({"image": name, "question": "What is this?", "answer": icon.accepted, "kind": icon.collection})
+        yield number + 1
+    write_questions(folder, asked)
+    _write(folder / SAMPLES, every)
+
+
+def read_samples(root: Path, folder: str) -> list[Sample]:
+    """The samples of ``root/FOLDER`` with pictures named from ``root``."""
+    made: list[Sample] = json.loads((root / folder / SAMPLES).read_text(encoding="utf-8"))
+    return [{**one, "id": f"{folder}/{one['id']}", "image": f"{folder}/{one['image']}"} for one in made]
+
+
+def write_questions(folder: Path, asked: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``questions.json`` to a folder of pictures, as ``llava-edge eval questions`` reads it."""
+    _write(folder / QUESTIONS, asked)
+
+
+def _write(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
