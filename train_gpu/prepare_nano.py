@@ -91,7 +91,8 @@ def copy_held_out(root: Path, output: Path) -> None:
 def draw_pictures(packages: Sequence[Path], root: Path, held_out: Path, seed: int) -> None:
     """Draw scenes and icons to train on in ``root``, and others that are never trained on in ``held_out``.
 
-    The latter have other layouts, icons that are in none of the former, and grounds from other photographs.
+    The latter scenes have other layouts, of the same icons, and grounds from other photographs. The latter icons stand
+    in no other picture, but another drawing of the same thing does.
     """
     icons, kept_out = picture_sets.hold_out([icon for package in packages for icon in read_icons(package)])
     photos = picture_sets.read_photos(root / "flickr8k-train", random.Random(seed), 500)
@@ -99,9 +100,9 @@ def draw_pictures(packages: Sequence[Path], root: Path, held_out: Path, seed: in
         (root, icons, photos[:400], SCENES, 2, seed),
         (held_out, kept_out, photos[400:], HELD_OUT_SCENES, 1, seed + 1),
     ):
-        for done in picture_sets.write_scenes(folder / "scenes", scenes, by_noun(icons), grounds, its_seed):
-            if done % 500 == 0:
-                log.info("%d of %d scenes", done, scenes)
+        for made in picture_sets.write_scenes(folder / "scenes", scenes, by_noun(icons), grounds, its_seed):
+            if made.pictures % 500 == 0:
+                log.info("%d of %d scenes", made.pictures, scenes)
         for _ in picture_sets.write_icons(folder / "icons", named, grounds, its_seed, each):
             pass
 
@@ -143,7 +144,7 @@ def main(
     tower_blocks: int,
     seed: int,
 ) -> None:
-    """Prepare OUTPUT: pictures, held-out pets, samples.json, imatrix.json, features/ and base/.
+    """Prepare OUTPUT: pictures, held-out ones, samples.json, imatrix.json, features/ and base/.
 
     Then run the recipes in OUTPUT.
     """
@@ -156,7 +157,9 @@ def main(
 
     copy_held_out(root, output / "held-out")
     draw_pictures(icons, root, output / "held-out", seed)
-    samples = nano.build(root, archives / "flickr8k-captions.json", seed) | {"chat": json.loads(chat.read_text())}
+    samples = nano.build(root, archives / "flickr8k-captions.json", seed) | {
+        "chat": json.loads(chat.read_text(encoding="utf-8"))
+    }
     (output / "samples.json").write_text(json.dumps(samples))
     rng = random.Random(3)
     drawn = [sample for source, count in CALIBRATION.items() for sample in rng.sample(samples[source], count)]

@@ -26,21 +26,41 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18), "white": (250, 250, 250), "gray": (132, 132, 132),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "rectangle", "cross")
+_COLOUR_WORDS = ("color", "colour")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _IN_PHOTOS = symbols.word_set("""
-airplane backpack bear bed bee bell bicycle bird boat book bridge bus camera car cat chair chicken coat cow cup deer
-dog door dress duck fish flower goat hat horse house kite ladder leaf lion motorcycle mountain parrot phone plant
-rabbit rose sheep ship shirt shoe shovel skateboard sled snowman tent tiger tractor train tree truck umbrella watch
-wheel window zebra
+airplane apple backpack banana basketball bat bear bed bee bell bicycle bird boat book bridge bus cake camera candle
+car cat chair chicken cloud coat cow cup deer dog door dress drum duck fish flower goat guitar hat horse house kite
+ladder lamp laptop leaf lion monkey moon motorcycle mountain parrot phone plant rabbit rocket rose sheep ship shirt
+shoe shovel skateboard sled snowman spoon swan tent tiger tomato tractor train tree truck umbrella watch wheel
+window zebra
 """)
-"""Nouns that a photograph may show by itself: nothing is said of them where one is the ground."""
-_FEWEST_NOUNS = 8  # as many as there are shapes: some to be drawn, others to be missing
+"""Nouns that photographs often show: they neither stand on one nor are asked for there."""
+# Where one of the things on the right is, what stands on the left can be seen too, or one could say so.
+_SEEN_IN = {
+    noun: symbols.word_set(things)
+    for noun, things in {
+        "bear": "koala panda", "bird": "chicken duck eagle flamingo owl parrot peacock penguin rooster swan",
+        "boat": "ship", "car": "ambulance taxi truck", "carrot": "snowman", "cat": "lion tiger", "chicken": "rooster",
+        "circle": "basketball clock coconut cookie donut moon pizza watch wheel", "clock": "watch",
+        "coat": "dress shirt", "cross": "ambulance", "cup": "teapot", "diamond": "kite rectangle square",
+        "dinosaur": "crocodile lizard", "dog": "fox wolf", "door": "car castle house train",
+        "fish": "dolphin shark whale", "flower": "plant rose", "guitar": "violin", "hat": "snowman",
+        "horse": "unicorn zebra",
+        "leaf": "apple carrot flower lemon onion peach pear pineapple plant rose strawberry tomato tree",
+        "lizard": "crocodile dinosaur", "monkey": "gorilla", "plant": "cactus flower leaf mushroom rose tree",
+        "rectangle": "book door envelope laptop phone square", "rooster": "chicken", "ship": "boat",
+        "square": "book rectangle window", "tree": "plant", "truck": "ambulance tractor", "violin": "guitar",
+        "watch": "clock", "wheel": "airplane ambulance bicycle bus car motorcycle skateboard taxi tractor train truck",
+        "window": "airplane ambulance bus car castle house taxi train truck",
+    }.items()
+}  # fmt: skip
 _PLURALS = {
-    "mouse": "mice", "fish": "fish", "sheep": "sheep", "deer": "deer", "wolf": "wolves", "leaf": "leaves",
-    "bus": "buses", "cross": "crosses", "fox": "foxes", "peach": "peaches", "sandwich": "sandwiches",
-    "dress": "dresses", "shrimp": "shrimps", "watch": "watches", "toothbrush": "toothbrushes",
-    "butterfly": "butterflies", "strawberry": "strawberries", "octopus": "octopuses", "cactus": "cactuses",
-    "potato": "potatoes", "tomato": "tomatoes",
+    "mouse": "mice", "snowman": "snowmen", "fish": "fish", "sheep": "sheep", "deer": "deer", "wolf": "wolves",
+    "leaf": "leaves", "bus": "buses", "cross": "crosses", "fox": "foxes", "peach": "peaches",
+    "sandwich": "sandwiches", "dress": "dresses", "shrimp": "shrimps", "watch": "watches",
+    "toothbrush": "toothbrushes", "butterfly": "butterflies", "strawberry": "strawberries", "octopus": "octopuses",
+    "cactus": "cactuses", "potato": "potatoes", "tomato": "tomatoes",
 }  # fmt: skip
 
 
@@ -63,6 +83,12 @@ class Thing:
         """The longer side, in pixels."""
         left, top, right, bottom = self.box
         return max(right - left, bottom - top)
+
+    @property
+    def area(self) -> float:
+        """Square pixels between the edges."""
+        left, top, right, bottom = self.box
+        return (right - left) * (bottom - top)
 
 
 @dataclass(frozen=True)
@@ -93,10 +119,10 @@ def compose(icons: Mapping[str, Sequence[Icon]], photos: Sequence[Image.Image], 
 
     ``icons`` are the drawings of each noun. Some of the pictures have a photograph as their ground, if there are enough
     icons; it is made paler, and only icons stand on it, since a photograph has shapes and colours of its own.
+    Without icons there are shapes only.
     """
-    apart = [noun for noun in icons if noun not in _IN_PHOTOS]
-    picture, ground = _ground(photos if len(apart) >= _FEWEST_NOUNS else (), rng)
-    wanted = _wanted(icons if ground else apart, ground, rng)
+    picture, ground = _ground(photos if fits_on_photos(icons) else (), rng)
+    wanted = _wanted(icons if ground else sorted(set(icons) - _IN_PHOTOS), ground, rng)
     boxes = _places(len(wanted), rng)
     things = []
     for (noun, colour), (across, down, side) in zip(wanted, boxes, strict=True):
@@ -105,6 +131,11 @@ def compose(icons: Mapping[str, Sequence[Icon]], photos: Sequence[Image.Image], 
         picture.paste(drawn, (left, top), drawn)
         things.append(Thing(noun, colour, (left, top, left + drawn.width, top + drawn.height)))
     return Composed(picture, tuple(things), ground)
+
+
+def fits_on_photos(nouns: Collection[str]) -> bool:
+    """Whether there are enough things that photographs don't often show: some to be drawn, others to be missing."""
+    return len(set(nouns) - _IN_PHOTOS) >= len(SHAPES)
 
 
 def compose_one(drawn: Image.Image, photos: Sequence[Image.Image], rng: Random) -> Image.Image:
@@ -134,8 +165,9 @@ def _wanted(nouns: Collection[str], ground: str | None, rng: Random) -> list[tup
     """What to draw, as (noun, a shape's colour): several of one kind, or a few different things."""
 
     def one(taken: Sequence[str]) -> tuple[str, str | None]:
-        shape = ground is not None and (not nouns or rng.random() < 0.45)
-        noun = rng.choice([n for n in (SHAPES if shape else nouns) if n not in taken])
+        left = [noun for noun in nouns if noun not in taken]
+        shape = ground is not None and (not left or rng.random() < 0.45)
+        noun = rng.choice([noun for noun in SHAPES if noun not in taken] if shape else left)
         return noun, rng.choice([c for c in COLOURS if c != ground]) if shape else None
 
     if rng.random() < 0.5:
@@ -230,27 +262,44 @@ def description(scene: Composed) -> str:
     kinds = Counter((thing.colour, thing.noun) for thing in scene.things)
     parts = [counted(number, f"{colour} {noun}" if colour else noun) for (colour, noun), number in kinds.items()]
     listed = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-    return f"{listed[0].upper()}{listed[1:]} on {symbols.article(scene.ground or 'plain')} background."
+    return f"{listed[0].upper()}{listed[1:]} on {symbols.article(str(scene.ground))} background."
 
 
 def questions(scene: Composed, nouns: Sequence[str], rng: Random) -> list[Question]:
     """Everything that is asked about a picture; ``nouns`` are things that may be missing from it."""
     amounts = Counter(thing.noun for thing in scene.things)
-    single = [thing for thing in scene.things if amounts[thing.noun] == 1]
+    seen = {noun for noun, things in _SEEN_IN.items() if things & set(amounts)}
+    single = [thing for thing in scene.things if amounts[thing.noun] == 1 and thing.noun not in seen]
     possible = (*nouns, *SHAPES) if scene.ground else [noun for noun in nouns if noun not in _IN_PHOTOS]
-    missing = rng.sample([noun for noun in possible if noun not in amounts], 3)
-    asked = [_count(noun, number, rng) for noun, number in amounts.items()]
+    missing = rng.sample([noun for noun in possible if noun not in seen | set(amounts)], 3)
+    asked = [_count(noun, number, rng) for noun, number in amounts.items() if noun not in seen]
     asked += _colours(scene, rng)
     asked += [question for pair in _pairs(single, rng) for question in _relations(*pair, rng)]
+    asked += [_where(thing, rng) for thing in rng.sample(single, min(1, len(single)))]
     present = rng.sample(sorted(amounts), min(2, len(amounts)))
     asked += [_presence(noun, True, rng) for noun in present]
     asked += [_presence(noun, False, rng) for noun in missing[: len(present)]]
-    absent = missing[-1]
-    none = f"I can't see {symbols.article(absent)} in the picture."
-    asked.append(Question("absent", f"What colour is the {absent}?", none, "none"))
+    asked.append(_absent(missing[-1], rng))
     if scene.ground:
         asked.append(Question("description", rng.choice(symbols.BRIEF), description(scene), description(scene)))
     return asked
+
+
+def _absent(noun: str, rng: Random) -> Question:
+    """What can't be answered, in words that are used of what is there too."""
+    shape = noun in SHAPES and rng.random() < 0.7
+    text = f"What {rng.choice(_COLOUR_WORDS)} is the {noun}?" if shape else f"Where is the {noun}?"
+    return Question("absent", text, f"I can't see {symbols.article(noun)} in the picture.", "nowhere")
+
+
+def _where(thing: Thing, rng: Random) -> Question:
+    """In which ninth of the picture it is."""
+    column, row = (min(2, int(3 * middle / SIZE)) for middle in thing.centre)
+    place = " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "middle"
+    text = rng.choice((f"Where is the {thing.noun}?", f"Where do you see the {thing.noun}?"))
+    return Question(
+        "place", text, f"The {thing.noun} is at the {place}.".replace("at the middle", "in the middle"), place
+    )
 
 
 def _count(noun: str, number: int, rng: Random) -> Question:
@@ -269,7 +318,7 @@ def _colours(scene: Composed, rng: Random) -> list[Question]:
         if thing.colour:
             shapes.setdefault(thing.noun, set()).add(thing.colour)
     amounts = Counter(thing.noun for thing in scene.things)
-    colour_word = rng.choice(("color", "colour"))
+    colour_word = rng.choice(_COLOUR_WORDS)
     for noun, colours in shapes.items():
         (colour,) = colours
         be, name = ("is", noun) if amounts[noun] == 1 else ("are", plural(noun))
@@ -305,11 +354,11 @@ def _relations(one: Thing, other: Thing, rng: Random) -> list[Question]:
             choice = "to the left or to the right of" if sideways else "above or below"
             text = f"Is the {one.noun} {choice} the {other.noun}?"
             asked.append(Question("relation", text, f"The {one.noun} is {where} the {other.noun}.", place))
-    if one.side > 1.4 * other.side:
+    if one.side > 1.4 * other.side and one.area > 1.6 * other.area:
         names = [one.noun, other.noun]
         rng.shuffle(names)
-        text = f"Which is bigger, the {names[0]} or the {names[1]}?"
-        asked.append(Question("size", text, f"The {one.noun} is bigger.", one.noun))
+        text = f"Which looks bigger, the {names[0]} or the {names[1]}?"
+        asked.append(Question("size", text, f"The {one.noun} looks bigger.", one.noun))
     return asked
 
 

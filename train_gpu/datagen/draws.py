@@ -18,7 +18,7 @@ import torch
 
 from llava_edge.errors import InputError
 from llava_edge.train_gpu.build import load_model, load_tokenizer
-from llava_edge.train_gpu.datagen.generate import Progress
+from llava_edge.train_gpu.datagen.generate import Progress, conversation
 from llava_edge.train_gpu.drawing import Score, draw_answers
 from llava_edge.train_gpu.features import FeatureCache
 from llava_edge.train_gpu.model import pool_tokens
@@ -151,6 +151,6 @@ def best_captions(
         statistics.kept += len(best)
         statistics.kept_score += sum(scores[text] for text in best)
         for number, text in enumerate(best):
-            turns = [{"from": "human", "value": one.question}, {"from": "gpt", "value": text}]
-            statistics.samples.append({"id": f"{one.picture}#{number}", "image": one.picture, "conversations": turns})
+            said = conversation([(one.question, text)])
+            statistics.samples.append({"id": f"{one.picture}#{number}", "image": one.picture, "conversations": said})
     return statistics

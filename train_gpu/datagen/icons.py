@@ -52,35 +52,42 @@ _CALLED = {
     "teacup-without-handle": "cup", "birthday-cake": "cake", "potted-plant": "plant", "tulip": "flower",
     "hibiscus": "flower", "white-flower": "flower", "blossom": "flower", "cherry-blossom": "flower",
     "maple-leaf": "leaf", "crescent-moon": "moon", "full-moon": "moon", "black-cat": "cat", "black-bird": "bird",
-    "small-airplane": "airplane", "umbrella-with-rain-drops": "umbrella", "closed-umbrella": "umbrella",
-    "house-with-garden": "house", "derelict-house": "house", "bridge-at-night": "bridge",
-    "snowman-without-snow": "snowman", "sun-with-face": "sun", "glowing-star": "star", "light-bulb": "lamp",
-    "guide-dog": "dog", "service-dog": "dog", "poodle": "dog", "mount-fuji": "mountain",
-    "snow-capped-mountain": "mountain", "racing-car": "racing car", "kick-scooter": "scooter",
-    "motor-scooter": "scooter", "musical-keyboard": "piano", "fork-and-knife": "fork and knife",
-    "red-paper-lantern": "lantern", "christmas-tree": "Christmas tree", "chess-pawn": "pawn", "game-die": "die",
-    "soft-ice-cream": "ice cream", "high-voltage": "lightning", "gem-stone": "diamond", "wrapped-gift": "gift",
-    "jack-o-lantern": "pumpkin", "pool-8-ball": "pool ball", "glass-of-milk": "milk",
+    "small-airplane": "airplane", "closed-umbrella": "umbrella", "house-with-garden": "house",
+    "derelict-house": "house", "bridge-at-night": "bridge", "snowman-without-snow": "snowman", "sun-with-face": "sun",
+    "glowing-star": "star", "light-bulb": "lamp", "guide-dog": "dog", "service-dog": "dog", "poodle": "dog",
+    "mount-fuji": "mountain", "snow-capped-mountain": "mountain", "racing-car": "racing car",
+    "kick-scooter": "scooter", "motor-scooter": "scooter", "musical-keyboard": "piano",
+    "fork-and-knife": "fork and knife", "red-paper-lantern": "lantern", "christmas-tree": "Christmas tree",
+    "chess-pawn": "pawn", "game-die": "die", "soft-ice-cream": "ice cream", "high-voltage": "lightning",
+    "gem-stone": "diamond", "wrapped-gift": "gift", "jack-o-lantern": "pumpkin", "pool-8-ball": "pool ball",
+    "glass-of-milk": "milk",
 }  # fmt: skip
 _ALSO = {
     "donut": ("doughnut",), "airplane": ("plane",), "bicycle": ("bike",), "phone": ("telephone", "cell phone"),
     "boat": ("sailboat", "ship"), "ship": ("boat",), "TV": ("television",), "hamburger": ("burger",),
-    "rooster": ("chicken",), "chick": ("chicken", "bird"), "motorcycle": ("motorbike",), "taxi": ("car", "cab"),
-    "police car": ("car",), "racing car": ("car", "race car"), "fire truck": ("truck", "fire engine"),
-    "shrimp": ("prawn",), "lamp": ("light bulb", "bulb"), "rose": ("flower",), "sunflower": ("flower",),
-    "palm tree": ("tree",), "Christmas tree": ("tree",), "soccer ball": ("ball", "football"), "basketball": ("ball",),
-    "volleyball": ("ball",), "baseball": ("ball",), "tennis": ("tennis ball", "ball"), "gift": ("present", "box"),
-    "eagle": ("bird",), "duck": ("bird",), "owl": ("bird",), "parrot": ("bird",), "dove": ("bird",),
-    "swan": ("bird",), "polar bear": ("bear",), "dolphin": ("fish",), "ladybug": ("beetle", "bug"),
-    "tangerine": ("orange",), "green apple": ("apple",), "cup": ("coffee", "tea", "mug"), "cap": ("hat",),
-    "boot": ("shoe",), "lantern": ("lamp",), "scooter": ("motor scooter",), "minibus": ("van", "bus"),
-    "tram": ("train",), "metro": ("train",),
+    "rooster": ("chicken", "bird"), "chick": ("chicken", "bird"), "motorcycle": ("motorbike",),
+    "taxi": ("car", "cab"), "police car": ("car",), "racing car": ("car", "race car"),
+    "fire truck": ("truck", "fire engine"), "shrimp": ("prawn",), "lamp": ("light bulb", "bulb"), "rose": ("flower",),
+    "sunflower": ("flower",), "palm tree": ("tree",), "Christmas tree": ("tree",),
+    "soccer ball": ("ball", "football"), "basketball": ("ball",), "volleyball": ("ball",), "baseball": ("ball",),
+    "tennis": ("tennis ball", "ball"), "gift": ("present", "box"), "eagle": ("bird",), "duck": ("bird",),
+    "owl": ("bird",), "parrot": ("bird",), "dove": ("bird",), "swan": ("bird",), "polar bear": ("bear",),
+    "peacock": ("bird",), "penguin": ("bird",), "flamingo": ("bird",), "turkey": ("bird",), "goose": ("bird",),
+    "ferry": ("boat", "ship"), "canoe": ("boat",), "ladybug": ("beetle", "bug"), "tangerine": ("orange",),
+    "green apple": ("apple",), "cup": ("coffee", "tea", "mug"), "cap": ("hat",), "boot": ("shoe",),
+    "lantern": ("lamp",), "minibus": ("van", "bus"), "tram": ("train",), "metro": ("train",),
 }  # fmt: skip
 _LEFT_OUT = re.compile(
     r"skin-tone|oclock|thirty|moon-|quarter-moon|first-quarter|arrow|-with-(lower|raised|lightning|rain|snow|slash|pen|"
-    r"key|cloud)|behind|speaker|volume|banknote|yen|envelope-|mailbox|landslide|hammer-and|nose|-tilted-right|level-|card-|"
-    r"chart|x-ray|-tray|page-|tokyo|kaaba|japan|hotel|building|store|office|cityscape|bank|school|hospital|station|motorway"
+    r"key|cloud)|behind|speaker|volume|banknote|yen|envelope-|mailbox|landslide|hammer-and|nose|level-|card-|"
+    r"chart|x-ray|e-mail|globe-|pouring|locked|-done|place-medal|tilted|pinata|-suit|-glass-|hammer-|cut-of|fish-cake|-tray|page-|tokyo|kaaba|japan|hotel|building|store|office|cityscape|bank|school|hospital|station|motorway"
 )
+_WITHOUT_ARTICLE = word_set("""
+bacon badminton bread broccoli butter camping cooking corn curling dna fire fog foggy fondue garlic grass honey ice
+lacrosse lettuce lightning litter milk money oden paper popcorn rice salt sake snow soap spaghetti sushi tennis thread
+unlocked water wood wedding yarn memo
+""")
+"""Words that end names of which nobody says "a"; plurals are told by their s."""
 _CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
 
 
@@ -103,7 +110,7 @@ class Icon:
 def read_icons(folder: Path) -> list[Icon]:
     """The icons of things in a package of ``@iconify-json``: ``icons.json`` with ``metadata.json`` beside it.
 
-    People, smileys, symbols, flags, clock faces and the like are left out.
+    People, smileys, symbols, flags, clock faces and the like are left out, and names that take no "a".
 
     Raises
     ------
@@ -114,7 +121,7 @@ def read_icons(folder: Path) -> list[Icon]:
         values = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
         categories = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))["categories"]
         slugs = sorted(slug for name in _CATEGORIES for slug in categories.get(name, ()))
-        found = [_icon(slug, values) for slug in slugs if slug in values["icons"] and not _LEFT_OUT.search(slug)]
+        read = [_icon(slug, values) for slug in slugs if slug in values["icons"] and not _LEFT_OUT.search(slug)]
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} is no package of icons: {Path(error.filename).name} is missing",
@@ -122,6 +129,7 @@ def read_icons(folder: Path) -> list[Icon]:
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder} is not in Iconify's JSON: {error!r}") from None
+    found = [icon for icon in read if _takes_an_article(icon.noun)]
     if not found:
         raise InputError(f"{folder} has no icon of Iconify's categories {', '.join(_CATEGORIES)}")
     return found
@@ -138,13 +146,21 @@ def _icon(slug: str, values: dict[str, Any]) -> Icon:
     return Icon(slug, noun, _ALSO.get(noun, ()), values["prefix"], svg)
 
 
+def _takes_an_article(noun: str) -> bool:
+    last = noun.split()[-1]
+    return last not in _WITHOUT_ARTICLE and (not last.endswith("s") or last.endswith(("ss", "us", "is")))
+
+
 @functools.lru_cache(maxsize=512)
 def draw_icon(icon: Icon, size: int = 192) -> Image.Image:
     """The icon as RGBA, cut to what is drawn, its longer side about ``size`` pixels."""
     require_extra("train", "resvg_py")
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_string=icon.svg, width=size, skip_system_fonts=True)
+    try:
+        png = resvg_py.svg_to_bytes(svg_string=icon.svg, width=size, skip_system_fonts=True)
+    except ValueError as error:
+        raise InputError(f"the icon {icon.slug} of {icon.collection} can't be drawn: {error}") from None
     drawn = Image.open(io.BytesIO(png)).convert("RGBA")
     return drawn.crop(drawn.getchannel("A").getbbox() or (0, 0, *drawn.size))
 

@@ -14,8 +14,6 @@ from random import Random
 
 from llava_edge.train_gpu.datagen import picture_sets, symbols
 from llava_edge.train_gpu.datagen.picture_sets import Sample
-from llava_edge.train_gpu.datagen.picture_sets import sample as _sample
-from llava_edge.train_gpu.datagen.picture_sets import samples as _samples
 from llava_edge.train_gpu.datagen.symbols import Turn
 
 HELD_OUT_PETS = 100
@@ -98,7 +96,9 @@ def _flickr_captions(captions_file: Path, rng: Random) -> list[Sample]:
     samples = []
     for name, sentences in _flickr(captions_file):
         question = rng.choice(symbols.BRIEF)  # one for all, so that they share it with the picture in a document
-        samples += [_sample(name, number, [(question, sentence)]) for number, sentence in enumerate(sentences)]
+        samples += [
+            picture_sets.sample(name, number, [(question, sentence)]) for number, sentence in enumerate(sentences)
+        ]
     return samples
 
 
@@ -107,7 +107,7 @@ def _flickr_short(captions_file: Path, rng: Random) -> list[Sample]:
     samples = []
     for name, sentences in _flickr(captions_file):
         question, agreed = rng.choice(symbols.SHORT), symbols.by_consensus(sentences)[:3]
-        samples += [_sample(name, number, [(question, sentence)]) for number, sentence in enumerate(agreed)]
+        samples += [picture_sets.sample(name, number, [(question, sentence)]) for number, sentence in enumerate(agreed)]
     return samples
 
 
@@ -117,10 +117,10 @@ def _flickr_facts(captions_file: Path, rng: Random) -> list[Sample]:
     for name, sentences in _flickr(captions_file):
         turns = symbols.caption_facts(sentences, rng)
         if turns:
-            samples += [_sample(name, number, [turn]) for number, turn in enumerate(turns)]
+            samples += [picture_sets.sample(name, number, [turn]) for number, turn in enumerate(turns)]
             opening = [(rng.choice(symbols.BRIEF), rng.choice(sentences))] if rng.random() < 0.5 else []
             chain = opening + rng.sample(turns, min(len(turns), 2))
-            samples.append(_sample(name, len(turns), chain))
+            samples.append(picture_sets.sample(name, len(turns), chain))
     return samples
 
 
@@ -130,7 +130,7 @@ def _pets(root: Path, rng: Random) -> list[Sample]:
     for path in sorted((root / "cats-dogs-train").glob("*/*.jpg")):
         name = _relative(root, path)
         if name not in kept_out:
-            samples += _samples(name, symbols.pet_turns(path.parent.name, rng), rng)
+            samples += picture_sets.samples(name, symbols.pet_turns(path.parent.name, rng), rng)
     return samples
 
 
@@ -141,7 +141,7 @@ def _imagenet(root: Path, rng: Random) -> list[Sample]:
     for index, (path, noun) in enumerate(zip(paths, names, strict=True)):
         kind = "animal" if index in _IMAGENET_ANIMALS else None
         kind = "dog" if index in _IMAGENET_DOGS else "cat" if index in _IMAGENET_CATS else kind
-        samples += _samples(_relative(root, path), symbols.name_turns(noun, kind, names, rng), rng)
+        samples += picture_sets.samples(_relative(root, path), symbols.name_turns(noun, kind, names, rng), rng)
     return samples
 
 
@@ -152,7 +152,8 @@ def _caltech(root: Path, rng: Random) -> list[Sample]:
         kind = "animal" if folder in _CALTECH_ANIMALS else None
         kind = "dog" if folder == "dalmatian" else kind
         for path in paths:
-            samples += _samples(_relative(root, path), symbols.name_turns(_caltech_noun(folder), kind, nouns, rng), rng)
+            turns = symbols.name_turns(_caltech_noun(folder), kind, nouns, rng)
+            samples += picture_sets.samples(_relative(root, path), turns, rng)
     return samples
 
 
@@ -177,13 +178,11 @@ def held_out_caltech(root: Path) -> list[tuple[str, str, list[str]]]:
     ]
 
 
-def _easy_vqa(root: Path, rng: Random, pictures: int = 4000) -> list[Sample]:
-    questions = json.loads((root / "easyvqa" / "train" / "questions.json").read_text())
+def _easy_vqa(root: Path, rng: Random) -> list[Sample]:
     turns: dict[int, list[Turn]] = {}
-    for question, answer, picture in questions:
-        if picture < pictures:
-            turns.setdefault(picture, []).append((f"{question.capitalize()}\n{symbols.SHORT_ANSWER}", answer))
+    for question, answer, picture in json.loads((root / "easyvqa" / "train" / "questions.json").read_text()):
+        turns.setdefault(picture, []).append((f"{question.capitalize()}\n{symbols.SHORT_ANSWER}", answer))
     samples = []
     for picture, asked in sorted(turns.items()):
-        samples += _samples(f"easyvqa/train/images/{picture}.png", asked, rng)
+        samples += picture_sets.samples(f"easyvqa/train/images/{picture}.png", asked, rng)
     return samples

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,21 +17,34 @@ from PIL import Image
 from llava_edge.errors import InputError
 from llava_edge.images import open_image
 from llava_edge.train_gpu.datagen import compose, symbols
+from llava_edge.train_gpu.datagen.generate import conversation, replace_text
 from llava_edge.train_gpu.datagen.icons import Icon, draw_icon
 from llava_edge.train_gpu.samples import PICTURE_SUFFIXES
 
 Sample = dict[str, Any]
 QUESTIONS = "questions.json"
 SAMPLES = "samples.json"
+_ACCEPTED = {
+    "gray": ["gray", "grey"],
+    "left": ["left", "to the left", "left of", "on the left"],
+    "right": ["right", "to the right", "right of", "on the right"],
+}
+
+
+@dataclass(frozen=True)
+class Made:
+    """How much of a set is there."""
+
+    pictures: int
+    samples: int
+    questions: int
 
 
 def sample(image: str, number: int, turns: Sequence[symbols.Turn]) -> Sample:
     """LLaVA JSON of a conversation about a picture."""
-    conversation = []
-    for index, (question, answer) in enumerate(turns):
-        conversation.append({"from": "human", "value": f"<image>\n{question}" if index == 0 else question})
-        conversation.append({"from": "gpt", "value": answer})
-    return {"id": f"{image}#{number}", "image": image, "conversations": conversation}
+    (question, answer), *more = turns
+    said = conversation([(f"<image>\n{question}", answer), *more])
+    return {"id": f"{image}#{number}", "image": image, "conversations": said}
 
 
 def samples(image: str, turns: Sequence[symbols.Turn], rng: Random, chained: float = 0.15) -> list[Sample]:
@@ -51,17 +67,17 @@ def read_photos(folder: Path | None, rng: Random, count: int = 400) -> list[Imag
     photos = []
     for path in rng.sample(paths, min(len(paths), count)):
         photo = open_image(path)
-        photo.thumbnail((4 * compose.SIZE, 4 * compose.SIZE))
+        photo.thumbnail((2 * compose.SIZE, 2 * compose.SIZE))
         photos.append(photo)
     return photos
 
 
 def write_scenes(
     folder: Path, count: int, icons: Mapping[str, Sequence[Icon]], photos: Sequence[Image.Image], seed: int
-) -> Iterator[int]:
+) -> Iterator[Made]:
     """Write ``count`` composed pictures to ``folder``, with ``samples.json`` and ``questions.json``.
 
-    Every question of ``questions.json`` asks for a word. Yields how many pictures are done.
+    Every question of ``questions.json`` asks for a word. Yields how much there is after each picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     every: list[Sample] = []
@@ -75,11 +91,11 @@ def write_scenes(
         turns = [q.turn(short=q.kind not in ("absent", "description") and rng.random() < 0.5) for q in known]
         every += samples(name, turns, rng)
         asked += [
-            {"image": name, "question": q.text, "answer": q.word, "kind": q.kind}
+            {"image": name, "question": q.text, "answer": _ACCEPTED.get(q.word, q.word), "kind": q.kind}
             for q in known
             if q.kind not in ("absent", "description")
         ]
-        yield number + 1
+        yield Made(number + 1, len(every), len(asked))
     write_questions(folder, asked)
     _write(folder / SAMPLES, every)
 
@@ -89,13 +105,13 @@ def hold_out(icons: Sequence[Icon], share: float = 0.12) -> tuple[list[Icon], li
 
     Only those are kept out of which another drawing of the same thing is left.
     """
-    left = {icon.noun: sum(other.noun == icon.noun for other in icons) for icon in icons}
-    kept_out = []
+    left = Counter(icon.noun for icon in icons)
+    kept_out: set[Icon] = set()
     for icon in sorted(icons, key=_digest):
         if left[icon.noun] > 1 and len(kept_out) < share * len(icons):
             left[icon.noun] -= 1
-            kept_out.append(icon)
-    return [icon for icon in icons if icon not in set(kept_out)], kept_out
+            kept_out.add(icon)
+    return [icon for icon in icons if icon not in kept_out], [icon for icon in icons if icon in kept_out]
 
 
 def _digest(icon: Icon) -> str:
@@ -113,14 +129,15 @@ def write_icons(
     nouns = sorted({icon.noun for icon in icons})
     every: list[Sample] = []
     asked: list[dict[str, Any]] = []
-    for number, icon in enumerate(icon for icon in icons for _ in range(each)):
+    for done, (icon, number) in enumerate(itertools.product(icons, range(each)), start=1):
         rng = Random(f"{seed} icon {icon.collection}/{icon.slug} {number}")
-        name = f"{icon.collection}-{icon.slug}-{number % each}.jpg"
+        name = f"{icon.collection}-{icon.slug}-{number}.jpg"
         compose.compose_one(draw_icon(icon), photos, rng).save(folder / name, quality=92)
-        others = [noun for noun in rng.sample(nouns, min(20, len(nouns))) if noun not in icon.accepted]
+        named = {word for name in icon.accepted for word in name.split()}
+        others = [noun for noun in rng.sample(nouns, min(40, len(nouns))) if named.isdisjoint(noun.split())]
         every += samples(name, symbols.name_turns(icon.noun, None, others, rng), rng)
         asked.append({"image": name, "question": "What is this?", "answer": icon.accepted, "kind": icon.collection})
-        yield number + 1
+        yield done
     write_questions(folder, asked)
     _write(folder / SAMPLES, every)
 
@@ -137,4 +154,4 @@ def write_questions(folder: Path, asked: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _write(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")

@@ -128,7 +128,8 @@ def by_consensus(sentences: Sequence[str]) -> list[str]:
 
 def article(noun: str) -> str:
     """The noun with its indefinite article."""
-    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
+    vowel = re.match(r"(?!uni|eu|ute|one\b)[aeiou]|hour|honest", noun.lower())
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def words(text: str) -> set[str]:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -237,6 +238,7 @@ def filter_captions(
     llava-edge datagen filter-captions captions_train2017.json -o stage1.json
     """
     from llava_edge.train_gpu.datagen.balance import PhraseTagger, balance
+    from llava_edge.train_gpu.datagen.generate import conversation
     from llava_edge.train_gpu.samples import PictureRef, from_caption, read_captions
 
     listed = list(read_captions(captions, split))
@@ -250,8 +252,7 @@ def filter_captions(
     samples = []
     for name, number, caption in (listed[index] for index in chosen.kept):
         ((question, answer),) = from_caption(f"{name}#{number}", caption, PictureRef(name, Path(name))).turns
-        said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        samples.append({"id": f"{name}#{number}", "image": name, "conversations": said})
+        samples.append({"id": f"{name}#{number}", "image": name, "conversations": conversation([(question, answer)])})
     _write(output, samples)
     counts = {"captions": len(listed), "kept": len(samples), "phrases": chosen.phrases, "phrases_used": chosen.used}
     terminal.data(json.dumps({"output": str(output), **counts}) + "\n" if as_json else f"{output}\n")
@@ -360,7 +361,7 @@ def scenes(
     """Draw pictures of coloured shapes, and of icons if there are any, with questions on what is in them.
 
     OUTPUT gets the pictures, samples.json to train on (a source of format llava) and questions.json for
-    `llava-edge eval questions`: number, colour, place, size and presence.
+    `llava-edge eval questions`: number, colour, place, relation, size and presence.
 
     \b
     llava-edge datagen scenes --icons noto/package --photos photos --count 2000 -o scenes
@@ -368,28 +369,32 @@ def scenes(
     """
     from random import Random
 
-    from llava_edge.train_gpu.datagen import picture_sets
+    from llava_edge.train_gpu.datagen import compose, picture_sets
     from llava_edge.train_gpu.datagen.icons import by_noun, read_icons
 
     if output.exists():
         raise InputError(f"{output} is there already", hint="Name a folder that does not exist, or remove this one.")
     known = by_noun([icon for package in icons for icon in read_icons(package)])
+    if icons and not known:
+        raise InputError(f"{icons[0]} has none of the things that scenes are made of, such as apple, car and dog")
+    if photos and not compose.fits_on_photos(known):
+        raise InputError(
+            f"--photos needs --icons with {len(compose.SHAPES)} things or more that photographs don't often show",
+            hint="Shapes alone would be lost among those of a photograph.",
+        )
     grounds = picture_sets.read_photos(photos, Random(seed))
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         with click.progressbar(length=count, label="pictures", file=sys.stderr, hidden=quiet) as bar:
-            for _ in picture_sets.write_scenes(partial, count, known, grounds, seed):
-                bar.update(1)
-        partial.rename(output)
+            for made in picture_sets.write_scenes(work / "made", count, known, grounds, seed):
+                bar.update(made.pictures - bar.pos)
+        (work / "made").rename(output)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    counts = {"pictures": count} | {
-        name: len(json.loads((output / f"{name}.json").read_text())) for name in ("samples", "questions")
-    }
-    terminal.data(json.dumps({"output": str(output), **counts}) + "\n" if as_json else f"{output}\n")
+        shutil.rmtree(work, ignore_errors=True)
+    terminal.data(json.dumps({"output": str(output), **dataclasses.asdict(made)}) + "\n" if as_json else f"{output}\n")
     if not as_json:
-        terminal.note(f"{count} pictures, {counts['samples']} samples, {counts['questions']} questions")
+        terminal.note(f"{made.pictures} pictures, {made.samples} samples, {made.questions} questions")
 
 
 def _write(output: Path, values: Any) -> None:
