@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from random import Random
 
+import pytest
+from PIL import Image
+
+from llava_edge.train_gpu import prepare_nano
 from llava_edge.train_gpu.datagen import nano
 
 
@@ -19,3 +24,31 @@ def test_a_tenth_of_each_category_is_asked_and_never_trained_on(tmp_path: Path) 
     trained = {sample["image"] for sample in nano._caltech(tmp_path, Random(1))}
     assert len(trained) == 54
     assert trained.isdisjoint(name for name, _, _ in asked)
+
+
+def test_drawn_pictures_are_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("anchor", "ant", "axe", "cactus", "crab", "crown", "koala", "snail", "dog", "dog-face", "poodle")
+    package = tmp_path / "package"
+    package.mkdir()
+    icons = {name: {"body": f'<circle cx="16" cy="16" r="{n + 4}"/>'} for n, name in enumerate(names)}
+    (package / "icons.json").write_text(json.dumps({"prefix": "ours", "icons": icons, "width": 32}))
+    (package / "metadata.json").write_text(json.dumps({"categories": {"Objects": list(names)}}))
+    (tmp_path / "root" / "flickr8k-train").mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (240, 230), (40 * number, 90, 200)).save(
+            tmp_path / "root" / "flickr8k-train" / f"{number}.png"
+        )
+    monkeypatch.setattr(prepare_nano, "SCENES", 4)
+    monkeypatch.setattr(prepare_nano, "HELD_OUT_SCENES", 3)
+    monkeypatch.setattr(prepare_nano, "GROUNDS", 3)
+    prepare_nano.draw_pictures([package], tmp_path / "root", tmp_path / "out", 1)
+
+    trained = {path.name for path in (tmp_path / "root" / "icons").glob("*.jpg")}
+    asked = {question["image"] for question in json.loads((tmp_path / "out" / "icons" / "questions.json").read_text())}
+    assert len(trained) == 2 * (len(names) - len(asked))
+    assert len(asked) == 2  # of the three drawings of a dog
+    assert trained.isdisjoint(asked)
+    scenes = [[path.read_bytes() for path in sorted(folder.glob("*.jpg"))] for folder in
+              (tmp_path / "root" / "scenes", tmp_path / "out" / "scenes")]  # fmt: skip
+    assert [len(pictures) for pictures in scenes] == [4, 3]
+    assert not set(scenes[0]) & set(scenes[1])

@@ -18,7 +18,7 @@ from llava_edge.errors import InputError
 from llava_edge.images import open_image
 from llava_edge.train_gpu.datagen import compose, symbols
 from llava_edge.train_gpu.datagen.generate import conversation, replace_text
-from llava_edge.train_gpu.datagen.icons import Icon, draw_icon
+from llava_edge.train_gpu.datagen.icons import SCENE_NOUNS, Icon, draw_icon
 from llava_edge.train_gpu.samples import PICTURE_SUFFIXES
 
 Sample = dict[str, Any]
@@ -126,7 +126,7 @@ def write_icons(
     Yields how many pictures are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    nouns = sorted({icon.noun for icon in icons})
+    nouns = sorted({icon.noun for icon in icons} | set(SCENE_NOUNS))
     every: list[Sample] = []
     asked: list[dict[str, Any]] = []
     for done, (icon, number) in enumerate(itertools.product(icons, range(each)), start=1):
@@ -134,7 +134,7 @@ def write_icons(
         name = f"{icon.collection}-{icon.slug}-{number}.jpg"
         compose.compose_one(draw_icon(icon), photos, rng).save(folder / name, quality=92)
         named = {word for name in icon.accepted for word in name.split()}
-        others = [noun for noun in rng.sample(nouns, min(40, len(nouns))) if named.isdisjoint(noun.split())]
+        others = [noun for noun in rng.sample(nouns, 40) if named.isdisjoint(noun.split())]
         every += samples(name, symbols.name_turns(icon.noun, None, others, rng), rng)
         asked.append({"image": name, "question": "What is this?", "answer": icon.accepted, "kind": icon.collection})
         yield done
