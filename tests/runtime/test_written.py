@@ -42,8 +42,8 @@ def test_pages_are_written(size: int, paper: int, ink: int) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_photographs_are_not(path: Path, size: int, request: pytest.FixtureRequest) -> None:
     if (path.stem, size) == ("camera", 224):
-        known = "a photograph in shades of gray, half of it grass as fine as writing"
-        request.applymarker(pytest.mark.xfail(reason=known, strict=True))
+        known = "a photograph in shades of gray, half of it grass as fine as writing; 3 % above the limit"
+        request.applymarker(pytest.mark.xfail(reason=known, strict=False))  # another JPEG decoder may see less
     assert not is_written(read(path, spec(size), (0, 0, 0)))
 
 
