@@ -93,16 +93,19 @@ class Thing:
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its answer as a sentence and as a word, and what it asks for."""
+    """A question with its answer as a sentence and as a word, if a word can say it, and what it asks for."""
 
     kind: str
     text: str
     sentence: str
-    word: str
+    word: str | None = None
 
     def turn(self, *, short: bool) -> symbols.Turn:
         """Question and answer, the short one as the question then asks for."""
-        return (f"{self.text}\n{symbols.SHORT_ANSWER}", self.word) if short else (self.text, self.sentence)
+        if not short:
+            return self.text, self.sentence
+        assert self.word is not None
+        return f"{self.text}\n{symbols.SHORT_ANSWER}", self.word
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,7 @@ def questions(scene: Composed, nouns: Sequence[str], rng: Random) -> list[Questi
     asked += [_presence(noun, False, rng) for noun in missing[: len(present)]]
     asked.append(_absent(missing[-1], rng))
     if scene.ground:
-        asked.append(Question("description", rng.choice(symbols.BRIEF), description(scene), description(scene)))
+        asked.append(Question("description", rng.choice(symbols.BRIEF), description(scene)))
     return asked
 
 
@@ -289,7 +292,7 @@ def _absent(noun: str, rng: Random) -> Question:
     """What can't be answered, in words that are used of what is there too."""
     shape = noun in SHAPES and rng.random() < 0.7
     text = f"What {rng.choice(_COLOUR_WORDS)} is the {noun}?" if shape else f"Where is the {noun}?"
-    return Question("absent", text, f"I can't see {symbols.article(noun)} in the picture.", "nowhere")
+    return Question("absent", text, f"I can't see {symbols.article(noun)} in the picture.")
 
 
 def _where(thing: Thing, rng: Random) -> Question:
@@ -297,9 +300,8 @@ def _where(thing: Thing, rng: Random) -> Question:
     column, row = (min(2, int(3 * middle / SIZE)) for middle in thing.centre)
     place = " ".join(filter(None, (("top", "", "bottom")[row], ("left", "", "right")[column]))) or "middle"
     text = rng.choice((f"Where is the {thing.noun}?", f"Where do you see the {thing.noun}?"))
-    return Question(
-        "place", text, f"The {thing.noun} is at the {place}.".replace("at the middle", "in the middle"), place
-    )
+    where = "in the middle" if place == "middle" else f"at the {place}"
+    return Question("place", text, f"The {thing.noun} is {where}.", place)
 
 
 def _count(noun: str, number: int, rng: Random) -> Question:

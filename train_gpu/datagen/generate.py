@@ -67,14 +67,18 @@ class _Picture:
         return accept(self.kind, self.scene, completion.text, cut_off=completion.cut_off)
 
     def sample(self, turns: Turns) -> dict[str, Any]:
-        (question, answer), *more = turns
-        said = conversation([(f"<image>\n{question}", answer), *more])
-        return {"id": Path(self.name).stem, "image": self.name, "conversations": said}
+        return about_picture(Path(self.name).stem, self.name, turns)
 
 
 def conversation(turns: Turns) -> list[dict[str, str]]:
     """Questions and answers as LLaVA JSON has them."""
     return [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+
+
+def about_picture(name: str, image: str, turns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """LLaVA JSON of turns about a picture, which stands before the first question."""
+    (question, answer), *more = turns
+    return {"id": name, "image": image, "conversations": conversation([(f"<image>\n{question}", answer), *more])}
 
 
 @dataclass
@@ -311,11 +315,16 @@ def _run(work: _Work, waiting: queue.SimpleQueue[Job], concurrency: int, told: C
 def _write(output: Path, finished: list[tuple[Job, dict[str, Any]]]) -> None:
     samples = [job.sample(record["turns"]) for job, record in finished if "turns" in record]
     rejects = [record for _, record in finished if "turns" not in record]
-    replace_text(output, json.dumps(samples, indent=1, ensure_ascii=False) + "\n")
+    write_json(output, samples)
     replace_text(
         output.with_name(output.name + ".rejects.jsonl"),
         "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in rejects),
     )
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write values as JSON, whole or not at all; LlavaEdgeError if they can't be written."""
+    replace_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:

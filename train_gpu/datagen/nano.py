@@ -146,9 +146,10 @@ def _imagenet(root: Path, rng: Random) -> list[Sample]:
 
 
 def _caltech(root: Path, rng: Random) -> list[Sample]:
-    nouns = sorted(_caltech_noun(folder) for folder, _, _ in _caltech_parts(root))
+    folders = list(_caltech_parts(root))
+    nouns = sorted(_caltech_noun(folder) for folder, _, _ in folders)
     samples = []
-    for folder, paths, _ in _caltech_parts(root):
+    for folder, paths, _ in folders:
         kind = "animal" if folder in _CALTECH_ANIMALS else None
         kind = "dog" if folder == "dalmatian" else kind
         for path in paths:

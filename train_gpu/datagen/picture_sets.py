@@ -17,7 +17,7 @@ from PIL import Image
 from llava_edge.errors import InputError
 from llava_edge.images import open_image
 from llava_edge.train_gpu.datagen import compose, symbols
-from llava_edge.train_gpu.datagen.generate import conversation, replace_text
+from llava_edge.train_gpu.datagen.generate import about_picture, write_json
 from llava_edge.train_gpu.datagen.icons import SCENE_NOUNS, Icon, draw_icon
 from llava_edge.train_gpu.samples import PICTURE_SUFFIXES
 
@@ -42,9 +42,7 @@ class Made:
 
 def sample(image: str, number: int, turns: Sequence[symbols.Turn]) -> Sample:
     """LLaVA JSON of a conversation about a picture."""
-    (question, answer), *more = turns
-    said = conversation([(f"<image>\n{question}", answer), *more])
-    return {"id": f"{image}#{number}", "image": image, "conversations": said}
+    return about_picture(f"{image}#{number}", image, turns)
 
 
 def samples(image: str, turns: Sequence[symbols.Turn], rng: Random, chained: float = 0.15) -> list[Sample]:
@@ -88,16 +86,16 @@ def write_scenes(
         name = f"{number:05d}.jpg"
         scene.picture.save(folder / name, quality=92)
         known = compose.questions(scene, sorted(icons), rng)
-        turns = [q.turn(short=q.kind not in ("absent", "description") and rng.random() < 0.5) for q in known]
+        turns = [q.turn(short=q.word is not None and rng.random() < 0.5) for q in known]
         every += samples(name, turns, rng)
         asked += [
             {"image": name, "question": q.text, "answer": _ACCEPTED.get(q.word, q.word), "kind": q.kind}
             for q in known
-            if q.kind not in ("absent", "description")
+            if q.word is not None
         ]
         yield Made(number + 1, len(every), len(asked))
     write_questions(folder, asked)
-    _write(folder / SAMPLES, every)
+    write_json(folder / SAMPLES, every)
 
 
 def hold_out(icons: Sequence[Icon], share: float = 0.12) -> tuple[list[Icon], list[Icon]]:
@@ -139,7 +137,7 @@ def write_icons(
         asked.append({"image": name, "question": "What is this?", "answer": icon.accepted, "kind": icon.collection})
         yield done
     write_questions(folder, asked)
-    _write(folder / SAMPLES, every)
+    write_json(folder / SAMPLES, every)
 
 
 def read_samples(root: Path, folder: str) -> list[Sample]:
@@ -150,8 +148,4 @@ def read_samples(root: Path, folder: str) -> list[Sample]:
 
 def write_questions(folder: Path, asked: Sequence[Mapping[str, Any]]) -> None:
     """Write ``questions.json`` to a folder of pictures, as ``llava-edge eval questions`` reads it."""
-    _write(folder / QUESTIONS, asked)
-
-
-def _write(path: Path, values: Any) -> None:
-    replace_text(path, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / QUESTIONS, asked)

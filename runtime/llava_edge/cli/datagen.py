@@ -238,7 +238,7 @@ def filter_captions(
     llava-edge datagen filter-captions captions_train2017.json -o stage1.json
     """
     from llava_edge.train_gpu.datagen.balance import PhraseTagger, balance
-    from llava_edge.train_gpu.datagen.generate import conversation
+    from llava_edge.train_gpu.datagen.generate import conversation, write_json
     from llava_edge.train_gpu.samples import PictureRef, from_caption, read_captions
 
     listed = list(read_captions(captions, split))
@@ -253,7 +253,7 @@ def filter_captions(
     for name, number, caption in (listed[index] for index in chosen.kept):
         ((question, answer),) = from_caption(f"{name}#{number}", caption, PictureRef(name, Path(name))).turns
         samples.append({"id": f"{name}#{number}", "image": name, "conversations": conversation([(question, answer)])})
-    _write(output, samples)
+    write_json(output, samples)
     counts = {"captions": len(listed), "kept": len(samples), "phrases": chosen.phrases, "phrases_used": chosen.used}
     terminal.data(json.dumps({"output": str(output), **counts}) + "\n" if as_json else f"{output}\n")
     if not as_json:
@@ -314,7 +314,7 @@ def best_captions(
     """
     from llava_edge.bench.tasks.cider import CiderD
     from llava_edge.train_gpu.datagen import draws as drawing
-    from llava_edge.train_gpu.datagen.generate import Progress
+    from llava_edge.train_gpu.datagen.generate import Progress, write_json
     from llava_edge.train_gpu.samples import read_asked, read_json
 
     values = read_json(samples)
@@ -331,7 +331,7 @@ def best_captions(
             bar.update(done - bar.pos)
     made = drawing.best_captions(asked, progress, CiderD([one.references for one in every]).score, keep, min_score)
     values[f"{source}-best"] = made.samples
-    _write(output, values)
+    write_json(output, values)
     progress.finish()
     counts = {"pictures": made.pictures, "drawn": made.drawn, "kept": made.kept}
     means = {"drawn_score": made.drawn_score / made.drawn, "kept_score": made.kept_score / max(made.kept, 1)}
@@ -395,9 +395,3 @@ def scenes(
     terminal.data(json.dumps({"output": str(output), **dataclasses.asdict(made)}) + "\n" if as_json else f"{output}\n")
     if not as_json:
         terminal.note(f"{made.pictures} pictures, {made.samples} samples, {made.questions} questions")
-
-
-def _write(output: Path, values: Any) -> None:
-    from llava_edge.train_gpu.datagen.generate import replace_text
-
-    replace_text(output, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
