@@ -54,13 +54,29 @@ def frozen_features(tower: Any, config: Any, pixels: torch.Tensor, blocks: int) 
     return before_blocks(tower, config, pixels, blocks) if blocks else tower_features(tower, config, pixels)
 
 
+class _Reached(Exception):
+    """What is wanted of a tower is there."""
+
+
 def before_blocks(tower: Any, config: Any, pixels: torch.Tensor, blocks: int) -> torch.Tensor:
     """``[B, 3, H, W]`` to what enters the last ``blocks`` of :func:`used_blocks`, ``[B, T, H]``.
 
     A class token that is hidden from the patches is left out.
     """
-    state = _hidden_states(tower, config, pixels)[max(feature_layers(config)) - blocks]
-    return state if _class_token_seen(config) else state[:, 1:]
+    entered: list[torch.Tensor] = []
+
+    def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        entered.append(inputs[0])
+        raise _Reached
+
+    hook = used_blocks(tower, config)[-blocks].register_forward_pre_hook(stop)
+    try:
+        _hidden_states(tower, config, pixels)
+    except _Reached:
+        pass  # the blocks behind need not run
+    finally:
+        hook.remove()
+    return entered[0] if _class_token_seen(config) else entered[0][:, 1:]
 
 
 def through_blocks(tower: Any, config: Any, states: torch.Tensor, blocks: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from itertools import combinations
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -248,6 +249,26 @@ def test_a_set_of_icons_asks_for_their_names(package: Path, tmp_path: Path) -> N
     assert not any("Yes, there is a car" in turn["value"] for sample in shown for turn in sample["conversations"])
 
 
+def test_boxes_frame_what_was_drawn(package: Path, tmp_path: Path) -> None:
+    """On a plain ground all that differs from it lies in the boxes, up to what JPEG blurs."""
+    list(picture_sets.write_scenes(tmp_path / "scenes", 12, {}, (), 3))
+    list(picture_sets.write_icons(tmp_path / "icons", read_icons(package), (), 3))
+    boxes = picture_sets.read_boxes(tmp_path, "scenes") | picture_sets.read_boxes(tmp_path, "icons")
+    assert {len(layout["things"]) for name, layout in boxes.items() if name.startswith("icons")} == {1}
+    for name, layout in boxes.items():
+        pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"), np.int16)
+        framed = np.zeros(pixels.shape[:2], bool)
+        for thing in layout["things"]:
+            left, top, right, bottom = (round(edge * compose.SIZE) for edge in thing["box"])
+            framed[max(0, top - 2) : bottom + 2, max(0, left - 2) : right + 2] = True
+        ground = np.median(pixels[~framed], axis=0)
+        drawn = np.abs(pixels - ground).max(axis=-1) > 40
+        assert not (drawn & ~framed).any(), name
+        for thing in layout["things"]:
+            left, top, right, bottom = (round(edge * compose.SIZE) for edge in thing["box"])
+            assert drawn[top:bottom, left:right].any(), (name, thing)
+
+
 def test_scenes_by_command(package: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -261,7 +282,7 @@ def test_scenes_by_command(package: Path, tmp_path: Path) -> None:
     assert [out["pictures"] for out in written] == [5, 5]
     one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in ("one", "two"))
     assert one == two
-    assert sorted(one) == [*(f"{n:05d}.jpg" for n in range(5)), "questions.json", "samples.json"]
+    assert sorted(one) == [*(f"{n:05d}.jpg" for n in range(5)), "boxes.json", "questions.json", "samples.json"]
 
     samples = [from_llava(item, tmp_path / "one") for item in json.loads(one["samples.json"])]
     assert len(samples) == written[0]["samples"]

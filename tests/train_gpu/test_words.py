@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from click.testing import CliRunner
+from PIL import Image
 from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from llava_edge.train_gpu import build, checkpoint
-from llava_edge.train_gpu.features import FeatureCache, build_cache
-from llava_edge.train_gpu.words import align_words, picture_words, word_targets
+from llava_edge.train_gpu.features import FeatureCache, build_cache, through_blocks
+from llava_edge.train_gpu.model import pool_tokens
+from llava_edge.train_gpu.teach_words import main
+from llava_edge.train_gpu.words import align_words, cell_words, picture_words, place_words, word_targets
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -69,3 +74,111 @@ def test_the_blocks_behind_the_cache_learn_the_words_too(
     blocks = {name.split("layer.")[1][0] for name in moved if "vision_tower" in name}
     assert blocks == {"2"}
     assert not any("language_model" in name for name in moved)
+
+
+def test_a_cell_says_what_covers_it() -> None:
+    thing = {"noun": "star", "colour": "red", "box": [0.5, 0.0, 1.0, 0.75]}
+    top_left, top_right, bottom_left, bottom_right = cell_words({"ground": "white", "things": [thing]}, 2)
+    assert top_left == bottom_left == {"white": 1, "background": 1}
+    assert top_right == {"star": 1, "red": 1, "one": 1}
+    assert bottom_right == {"star": 0.5, "red": 0.5, "white": 0.5, "background": 0.5}
+
+
+def test_on_a_photograph_only_things_are_known() -> None:
+    cells = cell_words({"ground": None, "things": [{"noun": "star", "colour": None, "box": [0, 0, 0.5, 0.5]}]}, 2)
+    assert cells == [{"star": 1, "one": 1}, {}, {}, {}]
+
+
+def test_places_are_thirds_of_a_picture() -> None:
+    places = place_words(4)
+    assert [sorted(places[cell]) for cell in (0, 1, 5, 7, 14)] == [
+        ["left", "top"], ["middle", "top"], ["middle"], ["middle", "right"], ["bottom", "middle"],
+    ]  # fmt: skip
+    assert places[5]["middle"] == 2
+
+
+@pytest.fixture(scope="module")
+def halves(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of two colours side by side with boxes.json and samples.json; states before the tower's last block."""
+    root = tmp_path_factory.mktemp("halves")
+    folder = root / "pictures" / "halves"
+    folder.mkdir(parents=True)
+    values = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 210), "white": (240, 240, 240)}
+    layouts, samples = {}, []
+    for left in COLOURS:
+        for right in COLOURS:
+            name = f"{left}-{right}.png"
+            picture = Image.new("RGB", (56, 56), values[right])
+            picture.paste(values[left], (0, 0, 28, 56))
+            picture.save(folder / name)
+            layouts[name] = {
+                "ground": None,
+                "things": [
+                    {"noun": "user", "colour": colour, "box": box}
+                    for colour, box in ((left, [0, 0, 0.5, 1]), (right, [0.5, 0, 1, 1]))
+                ],
+            }
+            samples.append(sample(f"halves/{name}", f"A {left} user and a {right} one"))
+    (folder / "boxes.json").write_text(json.dumps(layouts))
+    (root / "samples.json").write_text(json.dumps({"halves": samples}))
+    model = build.load_model(str(workspace / "base"))
+    spec = build.image_spec(checkpoint.read_description(workspace / "base"), None)
+    build_cache(model, spec, root / "pictures", [f"halves/{name}" for name in layouts], root / "features", 1)
+    return root
+
+
+def teach(init: Path, halves: Path, output: Path, *options: str) -> LlavaForConditionalGeneration:
+    arguments = [str(init), "--samples", str(halves / "samples.json"), "--features", str(halves / "features")]
+    arguments += ["--boxes", str(halves / "pictures" / "halves"), "--image-tokens", "4", "--batch-size", "16"]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(output), *options])
+    assert result.exit_code == 0, result.output
+    return build.load_model(str(output))
+
+
+def visual_tokens(model: LlavaForConditionalGeneration, halves: Path) -> dict[str, torch.Tensor]:
+    """Four tokens of each picture, ``[4, D]``."""
+    cache = FeatureCache(halves / "features")
+    with torch.no_grad():
+        return {
+            name: pool_tokens(
+                model.model.multi_modal_projector(
+                    through_blocks(
+                        model.model.vision_tower, model.config, torch.from_numpy(np.float32(cache[name]))[None], 1
+                    )
+                ),
+                4,
+            )[0]
+            for name in cache.rows
+        }
+
+
+def test_each_token_says_the_colour_that_it_covers(
+    workspace: Path, halves: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = teach(workspace / "base", halves, tmp_path / "taught", "--epochs", "200", "--lr", "1e-2")
+    table = model.get_input_embeddings().weight.detach()
+    words = [tokenizer(f" {colour}")["input_ids"] for colour in COLOURS]
+    right = 0
+    for name, tokens in visual_tokens(model, halves).items():
+        said = [COLOURS[int(np.argmax([(token @ table[ids].T).mean().item() for ids in words]))] for token in tokens]
+        left_half, right_half = Path(name).stem.split("-")
+        right += sum(map(str.__eq__, said, (left_half, right_half, left_half, right_half)))
+    assert right >= 56  # of 64
+
+
+def test_what_is_kept_moves_less(workspace: Path, halves: Path, tmp_path: Path) -> None:
+    first = visual_tokens(build.load_model(str(workspace / "base")), halves)
+    moved = []
+    for name, weight in (("free", "0"), ("kept", "100")):
+        options = ("--epochs", "30", "--lr", "1e-3", "--keep", "halves", "--keep-weight", weight)
+        tokens = visual_tokens(teach(workspace / "base", halves, tmp_path / name, *options), halves)
+        moved.append(sum((tokens[name] - first[name]).square().sum().item() for name in first))
+    assert moved[1] < 0.5 * moved[0]
+
+
+def test_a_source_to_keep_that_is_not_there_is_named(workspace: Path, halves: Path, tmp_path: Path) -> None:
+    arguments = [str(workspace / "base"), "--samples", str(halves / "samples.json"), "--keep", "photos"]
+    result = CliRunner().invoke(main, [*arguments, "--features", str(halves / "features"), "-o", str(tmp_path / "x")])
+    assert result.exit_code == 2
+    assert "has no source photos; it has halves" in result.output
+    assert not (tmp_path / "x").exists()

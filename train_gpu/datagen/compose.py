@@ -130,9 +130,8 @@ def compose(icons: Mapping[str, Sequence[Icon]], photos: Sequence[Image.Image], 
     things = []
     for (noun, colour), (across, down, side) in zip(wanted, boxes, strict=True):
         drawn = _draw(noun, colour, round(side), icons, rng)
-        left, top = round(across - drawn.width / 2), round(down - drawn.height / 2)
-        picture.paste(drawn, (left, top), drawn)
-        things.append(Thing(noun, colour, (left, top, left + drawn.width, top + drawn.height)))
+        corner = round(across - drawn.width / 2), round(down - drawn.height / 2)
+        things.append(_stand(picture, noun, colour, drawn, corner))
     return Composed(picture, tuple(things), ground)
 
 
@@ -141,13 +140,19 @@ def fits_on_photos(nouns: Collection[str]) -> bool:
     return len(set(nouns) - _IN_PHOTOS) >= len(SHAPES)
 
 
-def compose_one(drawn: Image.Image, photos: Sequence[Image.Image], rng: Random) -> Image.Image:
+def compose_one(noun: str, drawn: Image.Image, photos: Sequence[Image.Image], rng: Random) -> Composed:
     """A picture of one thing, drawn as RGBA, that fills a half of its side or more."""
-    picture, _ = _ground(photos, rng)
+    picture, ground = _ground(photos, rng)
     drawn = _scaled(drawn, rng.randint(SIZE // 2, SIZE - 10))
-    left, top = rng.randint(0, SIZE - drawn.width), rng.randint(0, SIZE - drawn.height)
-    picture.paste(drawn, (left, top), drawn)
-    return picture
+    corner = rng.randint(0, SIZE - drawn.width), rng.randint(0, SIZE - drawn.height)
+    return Composed(picture, (_stand(picture, noun, None, drawn, corner),), ground)
+
+
+def _stand(picture: Image.Image, noun: str, colour: str | None, drawn: Image.Image, corner: tuple[int, int]) -> Thing:
+    """Put what was drawn into a picture, its upper left corner at (left, top)."""
+    picture.paste(drawn, corner, drawn)
+    left, top = corner
+    return Thing(noun, colour, (left, top, left + drawn.width, top + drawn.height))
 
 
 def _ground(photos: Sequence[Image.Image], rng: Random) -> tuple[Image.Image, str | None]:
@@ -274,7 +279,8 @@ def questions(scene: Composed, nouns: Sequence[str], rng: Random) -> list[Questi
     seen = {noun for noun, things in _SEEN_IN.items() if things & set(amounts)}
     single = [thing for thing in scene.things if amounts[thing.noun] == 1 and thing.noun not in seen]
     possible = (*nouns, *SHAPES) if scene.ground else [noun for noun in nouns if noun not in _IN_PHOTOS]
-    missing = rng.sample([noun for noun in possible if noun not in seen | set(amounts)], 3)
+    missing = [noun for noun in possible if noun not in seen | set(amounts)]
+    missing = rng.sample(missing, min(3, len(missing)))  # of shapes alone there may be two
     asked = [_count(noun, number, rng) for noun, number in amounts.items() if noun not in seen]
     asked += _colours(scene, rng)
     asked += [question for pair in _pairs(single, rng) for question in _relations(*pair, rng)]

@@ -88,7 +88,10 @@ lacrosse lettuce lightning litter milk money oden paper popcorn rice salt sake s
 unlocked water wood wedding yarn memo
 """)
 """Words that end names of which nobody says "a"; plurals are told by their s."""
-_CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
+_CATEGORIES = (
+    "Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities", "Nature", "Food", "Travel",
+)  # fmt: skip
+"""As collections call them: the last three are emojione's."""
 
 
 @dataclass(frozen=True)

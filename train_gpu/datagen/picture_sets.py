@@ -22,8 +22,10 @@ from llava_edge.train_gpu.datagen.icons import SCENE_NOUNS, Icon, draw_icon
 from llava_edge.train_gpu.samples import PICTURE_SUFFIXES
 
 Sample = dict[str, Any]
+Layout = dict[str, Any]
 QUESTIONS = "questions.json"
 SAMPLES = "samples.json"
+BOXES = "boxes.json"
 _ACCEPTED = {
     "gray": ["gray", "grey"],
     "left": ["left", "to the left", "left of", "on the left"],
@@ -73,18 +75,20 @@ def read_photos(folder: Path | None, rng: Random, count: int = 400) -> list[Imag
 def write_scenes(
     folder: Path, count: int, icons: Mapping[str, Sequence[Icon]], photos: Sequence[Image.Image], seed: int
 ) -> Iterator[Made]:
-    """Write ``count`` composed pictures to ``folder``, with ``samples.json`` and ``questions.json``.
+    """Write ``count`` composed pictures to ``folder``, with ``samples.json``, ``questions.json`` and ``boxes.json``.
 
     Every question of ``questions.json`` asks for a word. Yields how much there is after each picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
     every: list[Sample] = []
     asked: list[dict[str, Any]] = []
+    layouts: dict[str, Layout] = {}
     for number in range(count):
         rng = Random(f"{seed} scene {number}")
         scene = compose.compose(icons, photos, rng)
         name = f"{number:05d}.jpg"
         scene.picture.save(folder / name, quality=92)
+        layouts[name] = layout(scene)
         known = compose.questions(scene, sorted(icons), rng)
         turns = [q.turn(short=q.word is not None and rng.random() < 0.5) for q in known]
         every += samples(name, turns, rng)
@@ -94,8 +98,7 @@ def write_scenes(
             if q.word is not None
         ]
         yield Made(number + 1, len(every), len(asked))
-    write_questions(folder, asked)
-    write_json(folder / SAMPLES, every)
+    _write(folder, every, asked, layouts)
 
 
 def hold_out(icons: Sequence[Icon], share: float = 0.12) -> tuple[list[Icon], list[Icon]]:
@@ -121,29 +124,54 @@ def write_icons(
 ) -> Iterator[int]:
     """Write ``each`` pictures of every icon to ``folder``, with ``samples.json`` and ``questions.json`` on its name.
 
-    Yields how many pictures are done.
+    ``boxes.json`` says where it stands. Yields how many pictures are done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     nouns = sorted({icon.noun for icon in icons} | set(SCENE_NOUNS))
     every: list[Sample] = []
     asked: list[dict[str, Any]] = []
+    layouts: dict[str, Layout] = {}
     for done, (icon, number) in enumerate(itertools.product(icons, range(each)), start=1):
         rng = Random(f"{seed} icon {icon.collection}/{icon.slug} {number}")
         name = f"{icon.collection}-{icon.slug}-{number}.jpg"
-        compose.compose_one(draw_icon(icon), photos, rng).save(folder / name, quality=92)
+        made = compose.compose_one(icon.noun, draw_icon(icon), photos, rng)
+        made.picture.save(folder / name, quality=92)
+        layouts[name] = layout(made)
         named = {word for name in icon.accepted for word in name.split()}
         others = [noun for noun in rng.sample(nouns, 40) if named.isdisjoint(noun.split())]
         every += samples(name, symbols.name_turns(icon.noun, None, others, rng), rng)
         asked.append({"image": name, "question": "What is this?", "answer": icon.accepted, "kind": icon.collection})
         yield done
-    write_questions(folder, asked)
-    write_json(folder / SAMPLES, every)
+    _write(folder, every, asked, layouts)
+
+
+def layout(scene: compose.Composed) -> Layout:
+    """What stands where, as ``boxes.json`` holds it: edges are shares of the picture's sides, from 0 to 1."""
+    things = [
+        {"noun": t.noun, "colour": t.colour, "box": [round(edge / compose.SIZE, 4) for edge in t.box]}
+        for t in scene.things
+    ]
+    return {"ground": scene.ground, "things": things}
+
+
+def read_boxes(root: Path, folder: str) -> dict[str, Layout]:
+    """The layouts of ``root/FOLDER`` by picture, named from ``root``."""
+    made: dict[str, Layout] = json.loads((root / folder / BOXES).read_text(encoding="utf-8"))
+    return {f"{folder}/{name}": values for name, values in made.items()}
 
 
 def read_samples(root: Path, folder: str) -> list[Sample]:
     """The samples of ``root/FOLDER`` with pictures named from ``root``."""
     made: list[Sample] = json.loads((root / folder / SAMPLES).read_text(encoding="utf-8"))
     return [{**one, "id": f"{folder}/{one['id']}", "image": f"{folder}/{one['image']}"} for one in made]
+
+
+def _write(
+    folder: Path, every: Sequence[Sample], asked: Sequence[Mapping[str, Any]], layouts: Mapping[str, Layout]
+) -> None:
+    write_questions(folder, asked)
+    write_json(folder / SAMPLES, every)
+    write_json(folder / BOXES, layouts)
 
 
 def write_questions(folder: Path, asked: Sequence[Mapping[str, Any]]) -> None:

@@ -360,7 +360,7 @@ def scenes(
 ) -> None:
     """Draw pictures of coloured shapes, and of icons if there are any, with questions on what is in them.
 
-    OUTPUT gets the pictures, samples.json to train on (a source of format llava) and questions.json for
+    OUTPUT gets the pictures, samples.json to train on (a source of format llava), boxes.json and questions.json for
     `llava-edge eval questions`: number, colour, place, relation, size and presence.
 
     \b
