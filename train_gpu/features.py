@@ -148,7 +148,8 @@ class FeatureCache:
             index = json.loads((directory / "index.json").read_text())
         except FileNotFoundError:
             raise InputError(
-                f"no feature cache in {directory}", hint="Make it with `python -m llava_edge.train_gpu.prepare_nano`."
+                f"no feature cache in {directory}",
+                hint="Make it with `python -m llava_edge.train_gpu.prepare_nano`, or `teach_words --pictures`.",
             ) from None
         self.rows: dict[str, int] = {name: row for row, name in enumerate(index["names"])}
         self.blocks: int = index.get("blocks", 0)  # a cache of an earlier version has none

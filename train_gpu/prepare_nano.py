@@ -25,7 +25,7 @@ from llava_edge.types import ImageSpec
 
 log = logging.getLogger(__name__)
 
-SCENES, HELD_OUT_SCENES = 6000, 300
+SCENES, HELD_OUT_SCENES = 9000, 300
 GROUNDS = 400  # photographs that scenes and icons to train on may stand on
 ARCHIVES = ("flickr8k-train", "caltech101-train", "cats-dogs-train", "imagenet-1000")
 FEATURE_LAYERS = (10, 11)
@@ -98,7 +98,7 @@ def draw_pictures(packages: Sequence[Path], root: Path, held_out: Path, seed: in
     icons, kept_out = picture_sets.hold_out([icon for package in packages for icon in read_icons(package)])
     photos = picture_sets.read_photos(root / "flickr8k-train", random.Random(seed), GROUNDS + 100)
     for folder, named, grounds, scenes, each, its_seed in (
-        (root, icons, photos[:GROUNDS], SCENES, 2, seed),
+        (root, icons, photos[:GROUNDS], SCENES, 3, seed),
         (held_out, kept_out, photos[GROUNDS:], HELD_OUT_SCENES, 1, seed + 1),
     ):
         for made in picture_sets.write_scenes(folder / "scenes", scenes, by_noun(icons), grounds, its_seed):
@@ -127,7 +127,7 @@ def unpack(archives: Path, root: Path) -> None:
 @click.option("--easy-vqa", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
               help="Folder easy_vqa/data of the wheel easy-vqa 1.0.")  # fmt: skip
 @click.option("--icons", type=click.Path(exists=True, file_okay=False, path_type=Path), multiple=True, required=True,
-              help="Unpacked npm package: @iconify-json/noto, @iconify-json/fluent-emoji-flat; give both.")  # fmt: skip
+              help="Unpacked npm package of icons, as @iconify-json/noto; docs/nano.md names five.")  # fmt: skip
 @click.option("--chat", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
               help="What `llava-edge datagen chat --llm SmolLM2-135M-Instruct.Q4_1.gguf` has written.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to work in.")

@@ -16,9 +16,8 @@ import click
 import torch
 
 from llava_edge.errors import LlavaEdgeError
-from llava_edge.train_gpu import build, checkpoint
+from llava_edge.train_gpu import build, checkpoint, features
 from llava_edge.train_gpu.datagen.picture_sets import read_boxes
-from llava_edge.train_gpu.features import FeatureCache
 from llava_edge.train_gpu.words import align_words
 
 log = logging.getLogger(__name__)
@@ -28,8 +27,12 @@ log = logging.getLogger(__name__)
 @click.argument("init", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--samples", "samples_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
               help="LLaVA samples by source, as prepare_nano writes them.")  # fmt: skip
-@click.option("--features", type=click.Path(exists=True, file_okay=False, path_type=Path), required=True,
+@click.option("--features", "features_folder", type=click.Path(file_okay=False, path_type=Path), required=True,
               help="Cached features of their pictures; blocks that these leave to be run are trained too.")  # fmt: skip
+@click.option("--pictures", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="The pictures' folder: make the cache first, if it isn't there.")  # fmt: skip
+@click.option("--tower-blocks", default=4, show_default=True, type=click.IntRange(0),
+              help="Last blocks of the tower that a new cache leaves to be trained.")  # fmt: skip
 @click.option("--boxes", type=click.Path(exists=True, file_okay=False, path_type=Path), multiple=True,
               help="Folder of drawn pictures with boxes.json, as samples name it: PICTURES/scenes.")  # fmt: skip
 @click.option("--keep", multiple=True, metavar="SOURCE",
@@ -45,7 +48,9 @@ log = logging.getLogger(__name__)
 def main(
     init: Path,
     samples_file: Path,
-    features: Path,
+    features_folder: Path,
+    pictures: Path | None,
+    tower_blocks: int,
     boxes: Sequence[Path],
     keep: Sequence[str],
     output: Path,
@@ -64,7 +69,12 @@ def main(
         kept = {sample["image"] for source in keep for sample in samples[source] if "image" in sample}
         description = checkpoint.read_description(init)
         model, tokenizer = build.load_model(str(init)), build.load_tokenizer(str(init))
-        align_words(model, FeatureCache(features), pictured, tokenizer, layouts=layouts, keep=kept, **options)
+        if pictures is not None and not (features_folder / "index.json").exists():
+            names = sorted({sample["image"] for sample in pictured})
+            spec = build.image_spec(description, None)
+            features.build_cache(model, spec, pictures, names, features_folder, tower_blocks)
+        cache = features.FeatureCache(features_folder)
+        align_words(model, cache, pictured, tokenizer, layouts=layouts, keep=kept, **options)
         checkpoint.save_checkpoint(output, model, tokenizer, description)
     except LlavaEdgeError as error:
         raise click.ClickException(f"{error}\n{error.hint}" if error.hint else str(error)) from None
