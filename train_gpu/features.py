@@ -61,8 +61,10 @@ class _Reached(Exception):
 def before_blocks(tower: Any, config: Any, pixels: torch.Tensor, blocks: int) -> torch.Tensor:
     """``[B, 3, H, W]`` to what enters the last ``blocks`` of :func:`used_blocks`, ``[B, T, H]``.
 
-    A class token that is hidden from the patches is left out.
+    A class token that is hidden from the patches is left out. InputError if there are fewer blocks.
     """
+    if blocks > len(used_blocks(tower, config)):
+        raise InputError(f"the features pass {len(used_blocks(tower, config))} blocks of the tower, not {blocks}")
     entered: list[torch.Tensor] = []
 
     def stop(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -71,7 +73,7 @@ def before_blocks(tower: Any, config: Any, pixels: torch.Tensor, blocks: int) ->
 
     hook = used_blocks(tower, config)[-blocks].register_forward_pre_hook(stop)
     try:
-        _hidden_states(tower, config, pixels)
+        tower(pixels, **_class_token_hidden(config, pixels))
     except _Reached:
         pass  # the blocks behind need not run
     finally:
@@ -121,13 +123,19 @@ def _class_token_seen(config: Any) -> bool:
 
 
 def _hidden_states(tower: Any, config: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    options: dict[str, Any] = {}
-    if not _class_token_seen(config):
-        patches = (pixels.shape[-1] // config.vision_config.patch_size) ** 2
-        options["attention_mask"] = torch.ones(pixels.shape[0], patches + 1, dtype=torch.long, device=pixels.device)
-        options["attention_mask"][:, 0] = 0
+    options = _class_token_hidden(config, pixels)
     states: tuple[torch.Tensor, ...] = tower(pixels, output_hidden_states=True, **options).hidden_states
     return states
+
+
+def _class_token_hidden(config: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tower's argument that hides its class token from every patch, where that is wanted."""
+    if _class_token_seen(config):
+        return {}
+    patches = (pixels.shape[-1] // config.vision_config.patch_size) ** 2
+    mask = torch.ones(pixels.shape[0], patches + 1, dtype=torch.long, device=pixels.device)
+    mask[:, 0] = 0
+    return {"attention_mask": mask}
 
 
 def feature_layers(config: Any) -> list[int]:
@@ -182,7 +190,7 @@ class FeatureCache:
         for rows in np.array_split(chosen, math.ceil(len(chosen) / 32)):
             states = torch.from_numpy(np.asarray(self.array[rows], dtype=np.float32))
             if self.blocks:
-                dtype = next(tower.parameters()).dtype
+                dtype = next(used_blocks(tower, config)[-1].parameters()).dtype
                 states = through_blocks(tower, config, states.to(dtype), self.blocks).float()
             parts.append(states)
         sample = torch.cat(parts)

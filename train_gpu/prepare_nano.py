@@ -26,6 +26,7 @@ from llava_edge.types import ImageSpec
 log = logging.getLogger(__name__)
 
 SCENES, HELD_OUT_SCENES = 9000, 300
+EACH = 3  # pictures of an icon
 GROUNDS = 400  # photographs that scenes and icons to train on may stand on
 ARCHIVES = ("flickr8k-train", "caltech101-train", "cats-dogs-train", "imagenet-1000")
 FEATURE_LAYERS = (10, 11)
@@ -98,7 +99,7 @@ def draw_pictures(packages: Sequence[Path], root: Path, held_out: Path, seed: in
     icons, kept_out = picture_sets.hold_out([icon for package in packages for icon in read_icons(package)])
     photos = picture_sets.read_photos(root / "flickr8k-train", random.Random(seed), GROUNDS + 100)
     for folder, named, grounds, scenes, each, its_seed in (
-        (root, icons, photos[:GROUNDS], SCENES, 3, seed),
+        (root, icons, photos[:GROUNDS], SCENES, EACH, seed),
         (held_out, kept_out, photos[GROUNDS:], HELD_OUT_SCENES, 1, seed + 1),
     ):
         for made in picture_sets.write_scenes(folder / "scenes", scenes, by_noun(icons), grounds, its_seed):

@@ -22,7 +22,7 @@ from llava_edge.errors import LlavaEdgeError
 from llava_edge.train_gpu import build, checkpoint, features
 from llava_edge.train_gpu.datagen.picture_sets import read_boxes
 from llava_edge.train_gpu.model import pool_tokens
-from llava_edge.train_gpu.words import PLACES, cell_words, common_directions, place_words
+from llava_edge.train_gpu.words import PLACES, cell_words, common_directions, place_words, word_pieces
 
 COVERED = 0.6
 """The share of a token's cell that a thing covers at least for the token to be asked for it."""
@@ -51,8 +51,8 @@ class Tokens:
 
     def nearest(self, words: Sequence[str]) -> dict[str, list[str]]:
         """Which of some words is nearest to each token of each picture."""
-        ids = [self._tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
-        near = torch.stack([(self._centred @ self._embeddings[pieces].T).mean(-1) for pieces in ids], dim=-1)
+        pieces = [word_pieces(self._tokenizer, word) for word in words]
+        near = torch.stack([(self._centred @ self._embeddings[ids].T).mean(-1) for ids in pieces], dim=-1)
         near = (near - near.mean(dim=(0, 1))) / near.std(dim=(0, 1))  # [N, I, words]
         return {name: [words[best] for best in near[row].argmax(-1).tolist()] for name, row in self._row.items()}
 
@@ -82,12 +82,12 @@ def shares_right(tokens: Tokens, layouts: Mapping[str, Mapping[str, Any]], side:
 @click.command()
 @click.argument("name", metavar="CHECKPOINT", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.option("--image-tokens", default=64, show_default=True)
+@click.option("--image-tokens", default=64, show_default=True, type=click.IntRange(1), help="Tokens of a picture.")
 def main(name: Path, folder: Path, image_tokens: int) -> None:
     """Print how often CHECKPOINT's visual tokens say what FOLDER's boxes.json says that they cover, as JSON."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        layouts = read_boxes(folder.parent, folder.name)
+        layouts = read_boxes(folder)
         model, tokenizer = build.load_model(str(name)).float(), build.load_tokenizer(str(name))
         spec = build.image_spec(checkpoint.read_description(name), None)
         with tempfile.TemporaryDirectory() as work:

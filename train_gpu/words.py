@@ -1,12 +1,12 @@
-"""Where the projector starts: visual tokens that lie near the embeddings of the words that pictures are spoken of with.
+"""What visual tokens say before a language model listens: words, by the language model's own embeddings.
 
 A projector from random numbers costs the language model thousands of forward and backward passes before it says
-anything about the picture. Here the projector first learns, without the language model, to predict the words of a
-picture's answers: token i says word w with a probability softmax(v_i . E_w + b_w) over the LLM's own embedding rows
-E_w, and a picture says what its tokens say on average. b_w takes up how frequent a word is, so that v_i need not.
+anything about the picture. Here visual tokens first learn words without the language model: token i says word w with a
+probability softmax(v_i . E_w + b_w) over the LLM's own embedding rows E_w, and a picture says what its tokens say on
+average. b_w takes up how frequent a word is, so that v_i need not.
 
-Where it is known what stands where (``boxes.json`` of ``llava-edge datagen scenes``), each token learns to say what
-it covers instead: the thing, its colour or the ground's, and "one" in its middle, so that things can be counted. Every
+Where it is known what stands where (``boxes.json`` of ``llava-edge datagen scenes``), each token learns to say what it
+covers instead: the thing, its colour or the ground's, and "one" in its middle, so that things can be counted. Every
 token learns to say where in the picture it lies, which the language model can't tell from its number.
 
 Shapes: B pictures of a batch, N pictures, I image tokens, F width of the features, D width of the LLM, W words.
@@ -26,9 +26,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from llava_edge.errors import InputError
 from llava_edge.train_gpu.datagen.symbols import word_set, words
 from llava_edge.train_gpu.features import through_blocks, used_blocks
 from llava_edge.train_gpu.model import fold_standardisation, pool_tokens, unfold_standardisation
+from llava_edge.train_gpu.optim import learning_rate_factor, warmup_share
 from llava_edge.train_gpu.precision import has_bfloat16
 
 if TYPE_CHECKING:
@@ -42,6 +44,21 @@ STOP_WORDS = word_set(
     "a an the is are it its this that there of in on at to with and or no not yes one by from for picture shows his "
     "her their while he she they as more exactly kind be up into out off over animal image photo"
 )
+
+PLACES = ("top", "bottom", "left", "right", "middle")
+PLACE_WEIGHT = 0.2
+"""Of the words for where a token lies, beside those for what it shows."""
+LENGTH_WEIGHT = 0.1
+"""Of a new projector's tokens being as long as the embeddings of words."""
+SOFTENED = 0.5
+"""By how much trained tokens' products with words are made smaller. They are far longer than words (in nano 20 times),
+and a part of them that is too small for the language model to notice would be enough to say a word."""
+
+
+def word_pieces(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """Ids of a word's tokens within a text, without a blank that stands alone."""
+    ids: list[int] = tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    return [token for token in ids if tokenizer.decode([token]).strip()] or ids
 
 
 def picture_words(samples: Sequence[dict[str, Any]]) -> dict[str, Counter[str]]:
@@ -62,7 +79,7 @@ def word_targets(
 
     Rare words weigh more (inverse document frequency); a word of several tokens stands for each of them.
     """
-    pieces = {w: set(tokenizer(f" {w}", add_special_tokens=False)["input_ids"]) for c in said.values() for w in c}
+    pieces = {w: set(word_pieces(tokenizer, w)) for c in said.values() for w in c}
     weights = [Counter({t: n for word, n in counter.items() for t in pieces[word]}) for counter in said.values()]
     pictures = Counter(token for counter in weights for token in counter)
     ids = sorted(token for token, count in pictures.items() if count >= least)
@@ -73,9 +90,6 @@ def word_targets(
             if token in column:
                 target[row, column[token]] = count * math.log(len(weights) / pictures[token])
     return ids, target / target.sum(dim=1, keepdim=True).clamp(min=1e-6)
-
-
-PLACES = ("top", "bottom", "left", "right", "middle")
 
 
 def cell_words(layout: Mapping[str, Any], side: int) -> list[dict[str, float]]:
@@ -117,11 +131,13 @@ def place_words(side: int) -> list[Counter[str]]:
 
 
 def common_directions(tokens: torch.Tensor) -> torch.Tensor:
-    """The directions that make up most of visual tokens ``[..., D]``, one in 72, ``[D / 72, D]``.
+    """The leading singular vectors of visual tokens ``[..., D]``, one for each 72 of their width: ``[D // 72, D]``.
 
-    In nano eight of 576 make up four fifths of what differs between its tokens, and say no word.
+    They are the mean and what differs most between trained tokens, which outweighs the words; in nano eight of 576.
     """
-    directions: torch.Tensor = torch.linalg.svd(tokens.reshape(-1, tokens.shape[-1])[:20_000], full_matrices=False).Vh
+    rows = tokens.reshape(-1, tokens.shape[-1])
+    rows = rows[:: math.ceil(len(rows) / 20_000)]
+    directions: torch.Tensor = torch.linalg.svd(rows, full_matrices=False).Vh
     return directions[: tokens.shape[-1] // 72]
 
 
@@ -147,9 +163,23 @@ class Lesson:
     said
         Words of whole pictures, by name; see :func:`picture_words`.
     layouts
-        Layouts of pictures by name; these are taught cell by cell.
+        Layouts of pictures by name, as ``boxes.json`` has them; these are taught cell by cell.
+    tokenizer
+        The language model's.
     image_tokens
-        Visual tokens of a picture.
+        Visual tokens of a picture, a square number.
+
+    Attributes
+    ----------
+    ids
+        Tokens of the language model that are taught, W of them.
+    places
+        Those of :data:`PLACES`, each word's first.
+
+    Raises
+    ------
+    InputError
+        There is nothing to teach.
     """
 
     def __init__(
@@ -159,27 +189,26 @@ class Lesson:
         tokenizer: PreTrainedTokenizerBase,
         image_tokens: int,
     ) -> None:
+        if not said:
+            raise InputError("no sample has a picture and a word to teach", hint="Name samples with answers.")
         self.layouts, self.side = layouts, int(image_tokens**0.5)
         self.names = list(said)
         self._rows = {name: row for row, name in enumerate(said)}
         self._tokenizer = tokenizer
         self._pieces: dict[str, list[int]] = {}
         ids, self._whole = word_targets(said, tokenizer)
-        shown = {layout["ground"] for layout in layouts.values()} | {
-            word
-            for layout in layouts.values()
-            for thing in layout["things"]
-            for word in (thing["noun"], thing["colour"])
-        }
-        known = {token for word in shown - {None} | {"one", "background"} for token in self._tokens(word)}
-        self.ids = [*ids, *sorted(known - set(ids))] if layouts else ids
+        known: set[int] = set()
+        for layout in layouts.values():
+            for words_ in cell_words(layout, 1):
+                known.update(token for word in words_ for token in self._tokens(word))
+        self.ids = [*ids, *sorted(known - set(ids))]
         self._column = {token: column for column, token in enumerate(self.ids)}
         self.places = [self._tokens(word)[0] for word in PLACES]
         self._place = torch.tensor([[cell[word] / 2 for word in PLACES] for cell in place_words(self.side)])  # [I, 5]
 
     def _tokens(self, word: str) -> list[int]:
         if word not in self._pieces:
-            self._pieces[word] = self._tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+            self._pieces[word] = word_pieces(self._tokenizer, word)
         return self._pieces[word]
 
     def loss(self, names: Sequence[str], said: torch.Tensor) -> torch.Tensor:
@@ -201,18 +230,39 @@ class Lesson:
         return -(self._place * said).sum(-1).mean()
 
     def _cells(self, layout: Mapping[str, Any]) -> torch.Tensor:
-        """``[I, W]``; all of it adds up to 1, half of it on cells that show a thing."""
+        """``[I, W]``, which adds up to 1: half of it on cells that show a thing, where others show something too."""
         target = torch.zeros(self.side**2, len(self.ids))
-        thing = torch.zeros(self.side**2, dtype=torch.bool)
-        for row, words_ in enumerate(cell_words(layout, self.side)):
-            thing[row] = any(word not in ("background", layout["ground"]) for word in words_)
-            for word, count in words_.items():
+        thing = torch.zeros(self.side**2, 1)
+        for row, shown in enumerate(cell_words(layout, self.side)):
+            thing[row] = any(word not in ("background", layout["ground"]) for word in shown)
+            for word, count in shown.items():
                 tokens = self._tokens(word)
                 for token in tokens:
                     target[row, self._column[token]] += count / len(tokens)
         target = target / target.sum(dim=1, keepdim=True).clamp(min=1e-6)
-        share = torch.where(thing, 0.5 / thing.sum(), 0.5 / (~thing).sum().clamp(min=1))
-        return target * share[:, None]
+        halves = [half for half in (target * thing, target * (1 - thing)) if half.any()]
+        return sum((half / half.sum() for half in halves), torch.zeros_like(target)) / len(halves)
+
+
+class _Sight(nn.Module):
+    """The way from a cache to visual tokens: the tower's blocks that it leaves to be run, and the projector."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, cache: FeatureCache, image_tokens: int) -> None:
+        super().__init__()
+        self.config, self.blocks, self.image_tokens = model.config, cache.blocks, image_tokens
+        self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
+        self.mean: torch.Tensor
+        self.std: torch.Tensor
+        mean, std = cache.statistics(self.tower, model.config)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """What is cached, ``[B, T, H]`` or ``[B, P, F]``, to ``[B, I, D]``."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
+            features = through_blocks(self.tower, self.config, states, self.blocks) if self.blocks else states
+            tokens = self.projector((features.float() - self.mean) / self.std)
+        return pool_tokens(tokens.float(), self.image_tokens)
 
 
 def align_words(
@@ -234,75 +284,113 @@ def align_words(
     """Train the projector of ``model`` in place, and the blocks of its tower that ``cache`` leaves to be run.
 
     ``layouts`` say what stands where in some of the pictures. The visual tokens of the pictures in ``keep`` are held
-    near what they are at the start, for a language model that has learnt to read them.
+    near what they are at the start, for a language model that has learnt to read them: ``keep_weight`` is that of the
+    share of them that has changed, as the ratio of sums of squares. ``epochs`` may be a fraction.
+
+    Raises
+    ------
+    InputError
+        The samples teach nothing, or the cache lacks one of their pictures.
     """
     said = {name: counter for name, counter in picture_words(samples).items() if counter}
     lesson = Lesson(said, layouts or {}, tokenizer, image_tokens)
-    table = model.get_input_embeddings().weight.detach().float()
-    norm = float(table.norm(dim=-1).mean())
-    tower = model.model.vision_tower
+    missing = [name for name in {*lesson.names, *keep} if name not in cache.rows]
+    if missing:
+        raise InputError(
+            f"the feature cache lacks {len(missing)} of the samples' pictures, such as {min(missing)}",
+            hint="Make a cache of all of them in a new folder.",
+        )
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     blocks = used_blocks(tower, model.config)[-cache.blocks :] if cache.blocks else []
-    projector = model.model.multi_modal_projector.float()
-    for block in blocks:
-        block.float()
-    if blocks:
-        tower.set_attn_implementation("eager")  # on a CPU the fused kernel has a slow backward pass
-    mean, std = cache.statistics(tower, model.config)
-    unfold_standardisation(projector, mean, std)  # the optimiser likes unit inputs
+    kinds = [(module, next(module.parameters()).dtype) for module in (*blocks, projector)]
+    for module, _ in kinds:
+        module.float()
+    attention = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")  # on a CPU the fused kernel has a slow backward pass
+    sight = _Sight(model, cache, image_tokens)
+    unfold_standardisation(projector, sight.mean, sight.std)  # the optimiser likes unit inputs
+    try:
+        _teach(
+            sight, cache, lesson, model.get_input_embeddings().weight.detach().float(), keep=set(keep),
+            keep_weight=keep_weight, epochs=epochs, batch_size=batch_size, lr=lr, tower_lr=tower_lr, seed=seed,
+        )  # fmt: skip
+    finally:
+        fold_standardisation(projector, sight.mean, sight.std)
+        model.requires_grad_(False)
+        projector.eval()
+        tower.set_attn_implementation(attention)
+        for module, kind in kinds:
+            module.to(kind)
 
-    def tokens_of(names: Sequence[str], tower: Any, projector: Any) -> torch.Tensor:
-        states = torch.from_numpy(np.stack([cache[name] for name in names])).float()
-        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
-            features = through_blocks(tower, model.config, states, cache.blocks) if cache.blocks else states
-            return pool_tokens(projector((features.float() - mean) / std), image_tokens).float()  # [B, I, D]
 
+def _teach(
+    sight: _Sight,
+    cache: FeatureCache,
+    lesson: Lesson,
+    embeddings: torch.Tensor,
+    *,
+    keep: set[str],
+    keep_weight: float,
+    epochs: float,
+    batch_size: int,
+    lr: float,
+    tower_lr: float,
+    seed: int,
+) -> None:
+    def states_of(names: Sequence[str]) -> torch.Tensor:
+        return torch.from_numpy(np.stack([cache[name] for name in names])).float()
+
+    length = float(embeddings.norm(dim=-1).mean())
     before = None
     if keep:
-        before = nn.ModuleList(copy.deepcopy([tower, projector])).eval().requires_grad_(False)
-        seen = tokens_of(sorted(keep)[:: math.ceil(len(keep) / 256)], *before)
-        common = common_directions(seen)
-        table = (table - table @ common.T @ common) / 2
-    reader, places = WordReader(table[lesson.ids]), WordReader(table[lesson.places])
-    tower_parameters = [p for block in blocks for p in block.requires_grad_(True).parameters()]
-    parameters = [*projector.train().requires_grad_(True).parameters(), *reader.parameters(), *places.parameters()]
-    groups: list[dict[str, Any]] = [{"params": parameters, "lr": lr}]
-    if tower_parameters:
-        groups.append({"params": tower_parameters, "lr": tower_lr})
+        before = copy.deepcopy(sight).eval().requires_grad_(False)
+        common = common_directions(before(states_of(sorted(keep)[:: math.ceil(len(keep) / 256)])))
+        embeddings = SOFTENED * (embeddings - embeddings @ common.T @ common)
+    reader, places = WordReader(embeddings[lesson.ids]), WordReader(embeddings[lesson.places])
+    sight.requires_grad_(False).projector.train().requires_grad_(True)
+    if sight.config.projector_hidden_act == "linear":  # one matrix: the second is the identity and stays it
+        sight.projector.linear_2.requires_grad_(False)
+    blocks = used_blocks(sight.tower, sight.config)[-cache.blocks :] if cache.blocks else []
+    words_of = [*sight.projector.parameters(), *reader.parameters(), *places.parameters()]
+    tower_of = [parameter for block in blocks for parameter in block.requires_grad_(True).parameters()]
+    words_of = [parameter for parameter in words_of if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": words_of, "lr": lr}]
+    if tower_of:
+        groups.append({"params": tower_of, "lr": tower_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
+    batch_size = min(batch_size, len(lesson.names))
     total = math.ceil(epochs * len(lesson.names) / batch_size)
-    rates = [group["lr"] for group in groups]
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=total, pct_start=0.1)
-    log.info("%d words of %d pictures", len(lesson.ids), len(lesson.names))
-    every = max(1, total // 50)
+    warmup = warmup_share(total, 0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor((step + 1) / (total + 1), warmup)
+    )
+    log.info("%d words of %d pictures; %d blocks of the tower", len(lesson.ids), len(lesson.names), len(blocks))
     order: list[int] = []
     losses: list[float] = []
     began = time.monotonic()
-    for step in range(total):
+    for step in range(1, total + 1):
         if len(order) < batch_size:
             order += torch.randperm(len(lesson.names), generator=generator).tolist()
         names, order = [lesson.names[row] for row in order[:batch_size]], order[batch_size:]
-        visual = tokens_of(names, tower, projector)
+        visual = sight(states_of(names))
         with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16("cpu")):
-            loss = lesson.loss(names, reader(visual)) + 0.2 * lesson.place_loss(places(visual))
+            loss = lesson.loss(names, reader(visual)) + PLACE_WEIGHT * lesson.place_loss(places(visual))
         held = [index for index, name in enumerate(names) if name in keep]
         if before is None:
-            loss = loss + 0.1 * ((visual.norm(dim=-1) / norm - 1) ** 2).mean()
+            loss = loss + LENGTH_WEIGHT * ((visual.norm(dim=-1) / length - 1) ** 2).mean()
         elif held:
             with torch.no_grad():
-                was = tokens_of([names[index] for index in held], *before)
+                was = before(states_of([names[index] for index in held]))
             moved = (visual[held] - was).square().sum() / was.square().sum()
             loss = loss + keep_weight * moved * len(held) / len(names)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+        torch.nn.utils.clip_grad_norm_([*words_of, *tower_of], 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if (step + 1) % every == 0 or step + 1 == total:
-            rate = (step + 1) * batch_size / (time.monotonic() - began)
-            log.info("words: step %d of %d, loss %.3f, %.0f pictures a second", step + 1, total, np.mean(losses), rate)
+        if step % max(1, total // 50) == 0 or step == total:
+            rate = step * batch_size / (time.monotonic() - began)
+            log.info("words: step %d of %d, loss %.3f, %.0f pictures a second", step, total, np.mean(losses), rate)
             losses.clear()
-    fold_standardisation(projector, mean, std)
-    model.requires_grad_(False)
-    projector.eval()

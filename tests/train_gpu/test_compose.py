@@ -253,7 +253,7 @@ def test_boxes_frame_what_was_drawn(package: Path, tmp_path: Path) -> None:
     """On a plain ground all that differs from it lies in the boxes, up to what JPEG blurs."""
     list(picture_sets.write_scenes(tmp_path / "scenes", 12, {}, (), 3))
     list(picture_sets.write_icons(tmp_path / "icons", read_icons(package), (), 3))
-    boxes = picture_sets.read_boxes(tmp_path, "scenes") | picture_sets.read_boxes(tmp_path, "icons")
+    boxes = picture_sets.read_boxes(tmp_path / "scenes") | picture_sets.read_boxes(tmp_path / "icons")
     assert {len(layout["things"]) for name, layout in boxes.items() if name.startswith("icons")} == {1}
     for name, layout in boxes.items():
         pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"), np.int16)

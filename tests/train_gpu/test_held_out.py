@@ -45,7 +45,7 @@ def test_drawn_pictures_are_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     trained = {path.name for path in (tmp_path / "root" / "icons").glob("*.jpg")}
     asked = {question["image"] for question in json.loads((tmp_path / "out" / "icons" / "questions.json").read_text())}
-    assert len(trained) == 2 * (len(names) - len(asked))
+    assert len(trained) == prepare_nano.EACH * (len(names) - len(asked))
     assert len(asked) == 2  # of the three drawings of a dog
     assert trained.isdisjoint(asked)
     scenes = [[path.read_bytes() for path in sorted(folder.glob("*.jpg"))] for folder in

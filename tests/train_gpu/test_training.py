@@ -106,6 +106,23 @@ def test_blocks_that_the_cache_leaves_to_be_run_give_the_features_and_are_traine
         Run(recipe(workspace, tmp_path / "more", "finetune", 4, changes[0], "model.tower_blocks=2"))
 
 
+def test_blocks_behind_what_is_cached_dont_run(workspace: Path) -> None:
+    model = build.load_model(str(workspace / "base")).eval()
+    tower, pixels = model.model.vision_tower, torch.randn(2, 3, 56, 56)
+    ran = []
+    blocks = features.used_blocks(tower, model.config)
+    hooks = [block.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, block in enumerate(blocks)]
+    with torch.no_grad():
+        entered = features.before_blocks(tower, model.config, pixels, 1)
+        assert ran == list(range(len(blocks) - 1))
+        expected = features.tower_features(tower, model.config, pixels)
+        torch.testing.assert_close(features.through_blocks(tower, model.config, entered, 1), expected)
+    for hook in hooks:
+        hook.remove()
+    with pytest.raises(InputError, match=f"pass {len(blocks)} blocks of the tower, not 9"):
+        features.before_blocks(tower, model.config, pixels, 9)
+
+
 def test_a_cache_cant_begin_behind_a_layer_that_is_read(workspace: Path, tmp_path: Path) -> None:
     model = build.load_model(str(workspace / "base"))
     model.config.vision_feature_layer = [1, 3]

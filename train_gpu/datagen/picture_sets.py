@@ -154,10 +154,28 @@ def layout(scene: compose.Composed) -> Layout:
     return {"ground": scene.ground, "things": things}
 
 
-def read_boxes(root: Path, folder: str) -> dict[str, Layout]:
-    """The layouts of ``root/FOLDER`` by picture, named from ``root``."""
-    made: dict[str, Layout] = json.loads((root / folder / BOXES).read_text(encoding="utf-8"))
-    return {f"{folder}/{name}": values for name, values in made.items()}
+def read_boxes(folder: Path) -> dict[str, Layout]:
+    """The layouts of a folder of drawn pictures, by name with the folder's own: "scenes/00000.jpg".
+
+    Each is what :func:`layout` makes: ``{"ground": COLOUR or None, "things": [{"noun", "colour", "box"}]}``.
+
+    Raises
+    ------
+    InputError
+        The folder has no ``boxes.json`` with layouts in it.
+    """
+    path = folder / BOXES
+    try:
+        made: dict[str, Layout] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} has no {BOXES}", hint="Draw the pictures again with `llava-edge datagen scenes`."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(made, dict) or not made:
+        raise InputError(f"{path} holds no layouts; expected {{PICTURE: {{ground, things}}}}")
+    return {f"{folder.name}/{name}": values for name, values in made.items()}
 
 
 def read_samples(root: Path, folder: str) -> list[Sample]:

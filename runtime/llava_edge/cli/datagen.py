@@ -360,8 +360,9 @@ def scenes(
 ) -> None:
     """Draw pictures of coloured shapes, and of icons if there are any, with questions on what is in them.
 
-    OUTPUT gets the pictures, samples.json to train on (a source of format llava), boxes.json and questions.json for
-    `llava-edge eval questions`: number, colour, place, relation, size and presence.
+    OUTPUT gets the pictures, samples.json to train on (a source of format llava), questions.json for
+    `llava-edge eval questions` (number, colour, place, relation, size and presence), and boxes.json with what stands
+    where.
 
     \b
     llava-edge datagen scenes --icons noto/package --photos photos --count 2000 -o scenes
