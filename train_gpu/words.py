@@ -351,12 +351,12 @@ def _teach(
     if sight.config.projector_hidden_act == "linear":  # one matrix: the second is the identity and stays it
         sight.projector.linear_2.requires_grad_(False)
     blocks = used_blocks(sight.tower, sight.config)[-cache.blocks :] if cache.blocks else []
-    words_of = [*sight.projector.parameters(), *reader.parameters(), *places.parameters()]
-    tower_of = [parameter for block in blocks for parameter in block.requires_grad_(True).parameters()]
-    words_of = [parameter for parameter in words_of if parameter.requires_grad]
-    groups: list[dict[str, Any]] = [{"params": words_of, "lr": lr}]
-    if tower_of:
-        groups.append({"params": tower_of, "lr": tower_lr})
+    of_projector = [parameter for parameter in sight.projector.parameters() if parameter.requires_grad]
+    of_words = [*of_projector, *reader.parameters(), *places.parameters()]
+    of_tower = [parameter for block in blocks for parameter in block.requires_grad_(True).parameters()]
+    groups: list[dict[str, Any]] = [{"params": of_words, "lr": lr}]
+    if of_tower:
+        groups.append({"params": of_tower, "lr": tower_lr})
     optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(lesson.names))
@@ -386,7 +386,7 @@ def _teach(
             loss = loss + keep_weight * moved * len(held) / len(names)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_([*words_of, *tower_of], 1.0)
+        torch.nn.utils.clip_grad_norm_([*of_words, *of_tower], 1.0)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
