@@ -6,7 +6,6 @@ one with the language model takes.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from llava_edge.errors import InputError, LlavaEdgeError
 from llava_edge.train_gpu import build, checkpoint, features
 from llava_edge.train_gpu.datagen.picture_sets import Layout, Sample, read_boxes
 from llava_edge.train_gpu.model import pool_tokens
+from llava_edge.train_gpu.samples import read_json
 from llava_edge.train_gpu.words import align_words
 
 log = logging.getLogger(__name__)
@@ -89,10 +89,7 @@ def main(
 
 
 def _read_samples(path: Path, keep: Sequence[str]) -> dict[str, list[Sample]]:
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    samples = read_json(path)
     if not isinstance(samples, dict):
         raise InputError(
             f"{path} is a list; expected samples by source",
