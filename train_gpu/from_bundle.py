@@ -2,11 +2,15 @@
 
 Bundles hold quantised GGUF files, which nothing can train. Here their values become a LLaVA checkpoint again, for a
 further stage on somebody's own pictures, or as the full-precision reference of a bundle whose checkpoint is gone. The
-values lie on the grid of the bundle's type: what a short training changes is lost if the result is quantised to the
-same type again, so take Q8_0 for it, or give ``--base``.
+values lie on the grid of the bundle's type: what a short training changes is less than half a step of it, and is lost
+if the result is quantised to the same type again, so take Q8_0 for it, or give ``--off-grid`` or ``--base``.
+
+``--off-grid`` scales each channel by a factor of its own and divides by it where the channel is read. The model
+computes what it did, on values that no grid has in common.
 
 With the checkpoint that a LoRA was trained on, most of what quantisation did to the language model can be undone: what
 LoRA changed in a matrix has a low rank, and the rounding, which has none, is seen in the singular values beyond it.
+That needs a low rank: of nano's eighth edition, which many LoRAs made, it takes away more than the rounding.
 """
 
 from __future__ import annotations
@@ -109,6 +113,37 @@ def _shrink(values: torch.Tensor, noise: float, aspect: float) -> torch.Tensor:
     return torch.where(y > 1 + aspect**0.5, noise * inside.sqrt() / y, 0.0)
 
 
+@torch.no_grad()
+def leave_grid(llm: Any, width: float, seed: int = 0) -> None:
+    """Scale the channels of a language model by factors from ``exp(-width)`` to ``exp(width)``, drawn at random.
+
+    What writes a channel is multiplied and what reads it divided: norms before attention and before the MLP, values
+    before the output projection, and ``up`` before ``down``. So all columns of every matrix get factors of their own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(count: int) -> torch.Tensor:
+        return torch.exp(width * (2 * torch.rand(count, generator=generator) - 1))
+
+    for layer in llm.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, readers in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            scale = factors(len(norm.weight))
+            norm.weight.mul_(scale)
+            for reader in readers:
+                reader.weight.div_(scale)
+        scale = factors(len(mlp.up_proj.weight))
+        mlp.up_proj.weight.mul_(scale[:, None])
+        mlp.down_proj.weight.div_(scale)
+        scale = factors(len(attention.v_proj.weight))
+        attention.v_proj.weight.mul_(scale[:, None])
+        heads = scale.reshape(-1, attention.head_dim).repeat_interleave(attention.num_key_value_groups, dim=0)
+        attention.o_proj.weight.div_(heads.flatten())
+
+
 def _tower(reader: gguf.GGUFReader, tensors: dict[str, torch.Tensor], image_size: int) -> Dinov2Model:
     def key(name: str) -> Any:
         field = reader.get_field(name)
@@ -166,7 +201,13 @@ def _tower(reader: gguf.GGUFReader, tensors: dict[str, torch.Tensor], image_size
     show_default=True,
     help="The sum of the LoRAs' ranks, for --base.",
 )
-def main(name: str, output: Path, base: Path | None, lora_rank: int) -> None:
+@click.option(
+    "--off-grid",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Scale channels by up to exp(this), for a model that will be quantised to the same type again; 0.25 does.",
+)
+def main(name: str, output: Path, base: Path | None, lora_rank: int, off_grid: float) -> None:
     """Write BUNDLE, a model's name or a folder, as a checkpoint that `llava-edge train` and `convert` take."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -175,6 +216,8 @@ def main(name: str, output: Path, base: Path | None, lora_rank: int) -> None:
         if base is not None:
             kept_rank = undo_rounding(model, load_model(str(base)).float(), lora_rank)
             log.info("what training changed has rank %.0f on average", kept_rank)
+        if off_grid:
+            leave_grid(model.model.language_model, off_grid)
     except LlavaEdgeError as error:
         raise click.ClickException(f"{error}\n{error.hint}" if error.hint else str(error)) from None
     manifest = json.loads((bundle.directory / MANIFEST_NAME).read_text())
