@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +176,15 @@ class FeatureCache:
     def find(self, picture: PictureRef) -> NDArray[np.float16]:
         """``float16 [P, D]`` of a sample's picture."""
         return self[picture.name]
+
+    def require(self, names: Iterable[str]) -> None:
+        """InputError if one of the pictures is not there: told at once, and not after hours of work."""
+        missing = {name for name in names if name not in self.rows}
+        if missing:
+            raise InputError(
+                f"the feature cache lacks {len(missing)} of the samples' pictures, such as {min(missing)}",
+                hint="Make a cache of all of them in a new folder.",
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -98,6 +98,9 @@ class Run:
         sources = read_sources(recipe.data, self.skipped)
         renderer = Renderer(self.tokenizer, recipe.data.format, model.config.image_token_id)
         named = FeatureCache(Path(recipe.data.features)) if recipe.data.features else None
+        if named and not recipe.data.skip_bad:
+            every = (sample for samples in sources.values() for sample in samples)
+            named.require(picture.name for sample in every for picture in sample.pictures)
         self.pictures = self._pictures(model, named)
         blocks = named.blocks if named else recipe.model.tower_blocks
         if named and recipe.model.tower_blocks > blocks:

@@ -294,12 +294,7 @@ def align_words(
     """
     said = {name: counter for name, counter in picture_words(samples).items() if counter}
     lesson = Lesson(said, layouts or {}, tokenizer, image_tokens)
-    missing = [name for name in {*lesson.names, *keep} if name not in cache.rows]
-    if missing:
-        raise InputError(
-            f"the feature cache lacks {len(missing)} of the samples' pictures, such as {min(missing)}",
-            hint="Make a cache of all of them in a new folder.",
-        )
+    cache.require({*lesson.names, *keep})
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     blocks = used_blocks(tower, model.config)[-cache.blocks :] if cache.blocks else []
     kinds = [(module, next(module.parameters()).dtype) for module in (*blocks, projector)]

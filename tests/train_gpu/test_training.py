@@ -70,6 +70,17 @@ def test_align_moves_the_projector_and_nothing_else(workspace: Path, tmp_path: P
     assert moved == {f"model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
 
 
+def test_a_cache_without_one_of_the_pictures_is_told_before_the_first_step(workspace: Path, tmp_path: Path) -> None:
+    model = build.load_model(str(workspace / "base"))
+    spec = build.image_spec(checkpoint.read_description(workspace / "base"), None)
+    names = [f"{index}.png" for index in range(15)]
+    features.build_cache(model, spec, workspace / "pictures", names, tmp_path / "features")
+    lacking = f"data.features={tmp_path / 'features'}"
+    with pytest.raises(InputError, match=r"the feature cache lacks 1 of the samples' pictures, such as 15\.png"):
+        train(recipe(workspace, tmp_path / "out", "align", 0, lacking))
+    train(recipe(workspace, tmp_path / "skipping", "align", 0, lacking, "data.skip_bad=true"))
+
+
 def test_finetune_moves_projector_and_llm_but_not_the_tower(workspace: Path, tmp_path: Path) -> None:
     moved = changed(workspace, train(recipe(workspace, tmp_path / "out", "finetune", 4)))
     assert any("language_model" in name for name in moved)
