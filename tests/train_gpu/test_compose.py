@@ -298,6 +298,21 @@ def test_scenes_of_shapes_need_no_icons(tmp_path: Path) -> None:
     assert {"count", "colour", "presence"} <= {question["kind"] for question in asked}
 
 
+def test_samples_ask_less_for_one_than_questions_do(tmp_path: Path) -> None:
+    list(picture_sets.write_scenes(tmp_path / "shapes", 60, {}, (), 2))
+    asked = json.loads((tmp_path / "shapes" / "questions.json").read_text())
+    answers = [question["answer"] for question in asked if question["kind"] == "count"]
+    turns = {
+        (item["image"], item["conversations"][0]["value"], item["conversations"][1]["value"])
+        for item in json.loads((tmp_path / "shapes" / "samples.json").read_text())
+    }
+    taught = [answer for _, question, answer in turns if "How many" in question]
+    ones = sum("one" in symbols.words(answer) for answer in taught)
+    assert answers.count("one") > 50
+    assert len(taught) - ones == len(answers) - answers.count("one")
+    assert 0.2 * answers.count("one") < ones < 0.6 * answers.count("one")
+
+
 def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     result = CliRunner().invoke(cli, ["datagen", "scenes", "-o", str(tmp_path / "out"), "--count", "1"])

@@ -26,6 +26,9 @@ Layout = dict[str, Any]
 QUESTIONS = "questions.json"
 SAMPLES = "samples.json"
 BOXES = "boxes.json"
+ONES_TAUGHT = 0.4
+"""The share of questions how many, to which "one" is the answer, that become samples. Three of four have that answer,
+and a model that always gives it learns no other."""
 _ACCEPTED = {
     "gray": ["gray", "grey"],
     "left": ["left", "to the left", "left of", "on the left"],
@@ -90,7 +93,8 @@ def write_scenes(
         scene.picture.save(folder / name, quality=92)
         layouts[name] = layout(scene)
         known = compose.questions(scene, sorted(icons), rng)
-        turns = [q.turn(short=q.word is not None and rng.random() < 0.5) for q in known]
+        taught = [q for q in known if q.word != "one" or rng.random() < ONES_TAUGHT]
+        turns = [q.turn(short=q.word is not None and rng.random() < 0.7) for q in taught]
         every += samples(name, turns, rng)
         asked += [
             {"image": name, "question": q.text, "answer": _ACCEPTED.get(q.word, q.word), "kind": q.kind}
