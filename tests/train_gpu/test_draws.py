@@ -16,7 +16,7 @@ from llava_edge.images import fit, normalize
 from llava_edge.train_gpu import build, checkpoint
 from llava_edge.train_gpu.datagen.draws import Drawer, best_captions, draw_all
 from llava_edge.train_gpu.datagen.generate import Progress
-from llava_edge.train_gpu.features import encode_pixels
+from llava_edge.train_gpu.features import build_cache, encode_pixels
 from llava_edge.train_gpu.samples import Asked, read_asked
 
 from .conftest import SPEC
@@ -36,9 +36,14 @@ def ending(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_without_chance_the_draws_are_what_transformers_answers(ending: Path, workspace: Path) -> None:
-    drawer = Drawer(ending, workspace / "features", "chatml", image_tokens=16, seed=0, bf16=False)
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_without_chance_the_draws_are_what_transformers_answers(
+    ending: Path, workspace: Path, tmp_path: Path, blocks: int
+) -> None:
     names = [f"{index}.png" for index in range(4)]
+    cached = tmp_path / "features"
+    build_cache(build.load_model(str(ending)), SPEC, workspace / "pictures", names, cached, blocks)
+    drawer = Drawer(ending, cached, "chatml", image_tokens=16, seed=0, bf16=False)
     drawn = drawer.draw(QUESTION, names, count=2, temperature=1e-6, max_tokens=64)
     model, tokenizer = build.load_model(str(ending)).eval(), build.load_tokenizer(str(ending))
     image = tokenizer.convert_ids_to_tokens(model.config.image_token_id)

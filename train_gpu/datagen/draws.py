@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from llava_edge.errors import InputError
 from llava_edge.train_gpu.build import load_model, load_tokenizer
 from llava_edge.train_gpu.datagen.generate import Progress, conversation
 from llava_edge.train_gpu.drawing import Score, draw_answers
-from llava_edge.train_gpu.features import FeatureCache
+from llava_edge.train_gpu.features import FeatureCache, through_blocks
 from llava_edge.train_gpu.model import pool_tokens
 from llava_edge.train_gpu.precision import has_bfloat16
 from llava_edge.train_gpu.prompts import Renderer
@@ -70,8 +69,6 @@ class Drawer:
     ) -> None:
         self._model = load_model(str(checkpoint)).eval().requires_grad_(False)
         self._features = FeatureCache(features)
-        if self._features.blocks:
-            raise InputError(f"the features in {features} leave {self._features.blocks} blocks of the tower to be run")
         self._projector = self._model.model.multi_modal_projector.float()
         bf16 = has_bfloat16("cpu") if bf16 is None else bf16
         self._llm = self._model.model.language_model.to(torch.bfloat16 if bf16 else torch.float32)
@@ -105,6 +102,9 @@ class Drawer:
         ids = self._renderer.prompt(Sample("?", ((question, "?"),)))
         before, after = ids[: ids.index(self._renderer.image_token)], ids[ids.index(self._renderer.image_token) + 1 :]
         features = torch.from_numpy(np.stack([self._features[name] for name in pictures])).float()
+        if self._features.blocks:
+            tower = self._model.model.vision_tower.float()
+            features = through_blocks(tower, self._model.config, features, self._features.blocks)
         images = pool_tokens(self._projector(features), self._image_tokens).to(self._llm.dtype)
         embed = self._llm.get_input_embeddings()
         texts = [embed(torch.tensor(part))[None].expand(len(pictures), -1, -1) for part in (before, after)]
