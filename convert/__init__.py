@@ -41,7 +41,8 @@ def convert_checkpoint(
         The ONNX vision model: ``fp32``, ``int8``, ``none``, or ``auto`` for ``int8`` where llama.cpp can't run the
         tower and ``none`` elsewhere.
     imatrix
-        An importance matrix for the language model, as ``llava-edge imatrix`` writes it.
+        An importance matrix for the language model, as ``llava-edge imatrix`` writes it. With correlations in it,
+        weights are rounded to make up for each other.
     tensor_types
         Other types for single tensors of the language model: a regular expression that is looked for in their names,
         and a type such as ``Q8_0``. The first that is found counts.
@@ -150,6 +151,7 @@ def make_imatrix(
     answer_weight: float = 1.0,
     limit: int | None = None,
     n_ctx: int | None = None,
+    correlations: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Write an importance matrix that has seen pictures.
@@ -166,6 +168,8 @@ def make_imatrix(
         What a token counts, by its kind.
     limit, n_ctx
         Only the first so many samples, and the longest that is not skipped.
+    correlations
+        Keep how a matrix's inputs go together as well.
     progress
         Called with a line of text now and then.
 
@@ -178,5 +182,6 @@ def make_imatrix(
 
     weights = imatrix.Weights(text_weight, image_weight, answer_weight)
     return imatrix.make_imatrix(
-        Path(bundle), Path(data), images, Path(output), weights=weights, limit=limit, n_ctx=n_ctx, progress=progress
-    )
+        Path(bundle), Path(data), images, Path(output), weights=weights, limit=limit, n_ctx=n_ctx,
+        correlations=correlations, progress=progress,
+    )  # fmt: skip

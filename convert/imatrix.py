@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import llava_edge
+from llava_edge.convert.gguf_file import tensor_types
 from llava_edge.convert.imatrix_file import Sums, write_imatrix
 from llava_edge.convert.observe import GgmlTensor, Observer, rows_of
 from llava_edge.engine import Engine
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 
 _MATRIX = re.compile(rb"blk\.\d+\.\w+\.weight\Z")
 _STEP_SECONDS = 2.0
+_ROWS = 256
+_MOST_GIGABYTES = 4.0
 
 
 @dataclass(frozen=True)
@@ -73,11 +76,20 @@ class Piece:
 
 
 class Collector:
-    """Sums of squares of every matrix's inputs; ``weight`` is that of the tokens that are being evaluated."""
+    """Sums of squares of every matrix's inputs; ``weight`` is that of the tokens that are being evaluated.
 
-    def __init__(self) -> None:
+    With ``correlations`` sums of the products of any two inputs as well, ``outer``, once for all matrices that read
+    them; ``same`` has those that share another one's.
+    """
+
+    def __init__(self, *, correlations: bool = False) -> None:
         self.sums: dict[str, Sums] = {}
         self.weight = 1.0
+        self.outer: dict[str, NDArray[np.float32]] = {}
+        self.same: dict[str, str] = {}
+        self._correlations = correlations
+        self._first: dict[bytes, str] = {}  # the first matrix that read an input
+        self._rows: dict[str, list[NDArray[np.float32]]] = {}
 
     def wants(self, tensor: GgmlTensor) -> bool:
         """Whether this tensor is the product of a weight matrix of a block."""
@@ -91,6 +103,28 @@ class Collector:
         entry = self.sums.setdefault(tensor.src[0].contents.name.decode(), Sums(np.zeros(inputs.shape[1])))
         entry.squares += self.weight * np.square(inputs, dtype=np.float64).sum(axis=0)
         entry.count += self.weight * len(inputs)
+        if self._correlations:
+            self._keep(tensor.src[0].contents.name.decode(), tensor.src[1].contents.name, inputs)
+
+    def _keep(self, matrix: str, inputs_name: bytes, inputs: NDArray[np.float32]) -> None:
+        first = self._first.setdefault(inputs_name or matrix.encode(), matrix)
+        if first != matrix:
+            self.same[matrix] = first
+            return
+        rows = self._rows.setdefault(matrix, [])
+        rows.append(inputs * np.float32(self.weight**0.5))
+        if sum(map(len, rows)) >= _ROWS:
+            self._add(matrix)
+
+    def _add(self, matrix: str) -> None:
+        inputs = np.concatenate(self._rows.pop(matrix))
+        products = inputs.T @ inputs
+        self.outer[matrix] = self.outer[matrix] + products if matrix in self.outer else products
+
+    def finish(self) -> None:
+        """Add the rows that are kept until there are enough for a quick product."""
+        for matrix in list(self._rows):
+            self._add(matrix)
 
 
 def make_imatrix(
@@ -102,6 +136,7 @@ def make_imatrix(
     weights: Weights,
     limit: int | None = None,
     n_ctx: int | None = None,
+    correlations: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """See :func:`llava_edge.convert.make_imatrix`; without ``images`` pictures are left out."""
@@ -109,10 +144,12 @@ def make_imatrix(
     if not output.absolute().parent.is_dir():
         raise InputError(f"{output.parent} does not exist", hint="Make the directory first.")
     samples = read_samples(data, images)[:limit]
-    collector, counts = Collector(), {"text": 0, "image": 0, "answer": 0}
+    collector, counts = Collector(correlations=correlations), {"text": 0, "image": 0, "answer": 0}
     skipped, last = 0, start
     with llava_edge.load(bundle, n_ctx=64, n_gpu_layers=0, cache=False) as model:
         prompt = _bundle_prompt(model)
+        if correlations:
+            _check_memory(model.engine.path)
         with Observer(collector.wants, collector.see) as observer:
             engine = Engine(
                 model.engine.path, n_ctx=n_ctx, n_gpu_layers=0, n_batch=1 << 16, observer=observer.callback,
@@ -132,7 +169,10 @@ def make_imatrix(
                 engine.close()
     if not collector.sums:
         raise InputError(f"no sample of {data} fits the context of {engine.n_ctx} tokens", hint="Raise --n-ctx.")
-    write_imatrix(output, collector.sums, [data.name], len(samples) - skipped, engine.n_ctx)
+    collector.finish()
+    write_imatrix(
+        output, collector.sums, [data.name], len(samples) - skipped, engine.n_ctx, collector.outer, collector.same
+    )
     return {
         "output": str(output),
         "samples": len(samples) - skipped,
@@ -141,6 +181,20 @@ def make_imatrix(
         "matrices": len(collector.sums),
         "seconds": round(time.monotonic() - start, 1),
     }
+
+
+def _check_memory(path: Path) -> None:
+    """InputError where the products of a large model's inputs would fill the memory."""
+    shapes = {name: shape for name, (_, shape) in tensor_types(path).items() if _MATRIX.match(name.encode())}
+    inputs = {
+        re.sub(r"attn_[kv]\.", "attn_q.", name).replace("ffn_up.", "ffn_gate."): s[0] for name, s in shapes.items()
+    }
+    need = sum(4 * width**2 for width in inputs.values()) / 1e9
+    if need > _MOST_GIGABYTES:
+        raise InputError(
+            f"the correlations of this model's inputs take {need:.0f} GB; at most {_MOST_GIGABYTES:.0f} are taken",
+            hint="Leave --correlations out: an importance matrix without them fits any model.",
+        )
 
 
 def read_samples(data: Path, images: Path | None) -> list[Sample]:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import gguf
 
 from llava_edge import native
+from llava_edge.convert.error_feedback import round_again
 from llava_edge.convert.gguf_file import tensor_types as types_of_tensors
+from llava_edge.convert.imatrix_file import read_correlations, read_imatrix
 from llava_edge.errors import InputError, ModelError
 from llava_edge.quant_types import LLM_TYPES, MMPROJ_TYPES
 
@@ -46,12 +48,16 @@ _TENSOR_TYPES = (
 
 @dataclass(frozen=True)
 class Quantized:
-    """What came out. ``fallbacks`` counts the tensors whose rows didn't fit ``type``; ``tensors`` counts by type."""
+    """What came out. ``fallbacks`` counts the tensors whose rows didn't fit ``type``; ``tensors`` counts by type.
+
+    ``output_error`` is what :func:`llava_edge.convert.error_feedback.round_again` says, if it was used.
+    """
 
     type: str
     bytes: int
     fallbacks: int
     tensors: dict[str, int]
+    output_error: tuple[float, float] | None = None
 
 
 def check_type(name: str, choices: Iterable[str]) -> str:
@@ -115,7 +121,8 @@ def quantize(
 ) -> Quantized:
     """Write ``source`` (a GGUF of floats) to ``target`` as ``type_name``, an element of ``LLM_TYPES``.
 
-    ``imatrix`` is a file with an importance matrix. ``tensor_types`` has other types for the tensors in whose name
+    ``imatrix`` is a file with an importance matrix; with correlations in it, levels are chosen by these
+    (:mod:`llava_edge.convert.error_feedback`). ``tensor_types`` has other types for the tensors in whose name
     a key is found, as a regular expression; the first that is counts. ``progress`` hears the number of tensors done
     and of all.
     """
@@ -140,10 +147,14 @@ def quantize(
     if status != 0:
         why = "; ".join(native.errors()) or "it says nothing"
         raise ModelError(f"llama.cpp could not quantise {source.name} to {type_name}: {why}")
-    return describe(target, type_name, tensor_types or ())
+    correlations = read_correlations(imatrix) if imatrix is not None else {}
+    feedback = round_again(source, target, correlations, progress) if correlations else None
+    return describe(target, type_name, tensor_types or (), feedback)
 
 
-def describe(path: Path, type_name: str, chosen: Iterable[str] = ()) -> Quantized:
+def describe(
+    path: Path, type_name: str, chosen: Iterable[str] = (), feedback: tuple[float, float] | None = None
+) -> Quantized:
     """Count the tensors of a file by type, and those that fell back from ``type_name``.
 
     Those that an expression in ``chosen`` finds have a type of their own.
@@ -161,13 +172,11 @@ def describe(path: Path, type_name: str, chosen: Iterable[str] = ()) -> Quantize
         and not any(re.search(pattern, name) for pattern in own)
     ]
     counts = Counter(kind for kind, _ in types.values())
-    return Quantized(type_name, path.stat().st_size, len(fallbacks), dict(sorted(counts.items())))
+    return Quantized(type_name, path.stat().st_size, len(fallbacks), dict(sorted(counts.items())), feedback)
 
 
 def _imatrix_array(library: Any, path: Path, source: Path) -> tuple[Any, list[NDArray[np.float32]]]:
     """llama.cpp's list of ``{name, data, size}`` that ends in NULL, and the memory that it points to."""
-    from llava_edge.convert.imatrix_file import read_imatrix
-
     matrix = read_imatrix(path)
     shapes = {name: shape for name, (_, shape) in types_of_tensors(source).items()}
     for name, values in matrix.items():

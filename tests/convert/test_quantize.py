@@ -19,9 +19,9 @@ import llava_edge
 from llava_edge import native
 from llava_edge.bundle import MANIFEST_NAME, open_bundle
 from llava_edge.cli import cli
-from llava_edge.convert import convert_checkpoint, make_imatrix, parity, quantize_bundle
+from llava_edge.convert import convert_checkpoint, error_feedback, imatrix, make_imatrix, parity, quantize_bundle
 from llava_edge.convert.gguf_file import tensor_types
-from llava_edge.convert.imatrix_file import read_imatrix
+from llava_edge.convert.imatrix_file import read_correlations, read_imatrix
 from llava_edge.convert.observe import GgmlTensor, Observer, rows_of
 from llava_edge.convert.tiny import FAMILIES, make
 from llava_edge.engine import Engine
@@ -203,6 +203,75 @@ def test_a_matrix_reaches_the_quantiser(exact: Path, data: Path, tmp_path: Path)
     types = [tensor_types(tmp_path / name / "llm-Q4_0.gguf") for name in ("plain", "led")]
     assert types[0] == types[1]
     assert (tmp_path / "plain" / "llm-Q4_0.gguf").read_bytes() != (tmp_path / "led" / "llm-Q4_0.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "IQ4_NL", "Q5_0"])
+def test_levels_that_make_up_for_each_other(exact: Path, data: Path, tmp_path: Path, kind: str) -> None:
+    for name, correlations in (("plain", False), ("full", True)):
+        make_imatrix(exact, data / "data.json", data, tmp_path / name, n_ctx=1024, correlations=correlations)
+    known = [read_imatrix(tmp_path / name) for name in ("plain", "full")]
+    assert all(np.array_equal(known[0][name], known[1][name]) for name in known[0])
+    together = read_correlations(tmp_path / "full")
+    assert set(together) == set(known[0])
+    assert together["blk.0.attn_k.weight"] is together["blk.0.attn_q.weight"]
+    assert not read_correlations(tmp_path / "plain")
+
+    own = {r"blk\.1\.ffn_down": "Q8_0"}
+    if kind == "Q5_0":
+        own |= {"blk": "Q5_0"}
+    reports = [
+        quantize_bundle(
+            exact,
+            tmp_path / f"{name}-b",
+            "Q4_0" if kind == "Q5_0" else kind,
+            imatrix=tmp_path / name,
+            tensor_types=own,
+            verify=False,
+        )
+        for name in ("plain", "full")
+    ]
+    said = [next(f for f in report["files"] if f["path"].startswith("llm")) for report in reports]
+    assert said[0]["tensors"] == said[1]["tensors"]
+    assert said[0]["output_error"] is None
+    before, after = said[1]["output_error"]
+    assert after < 0.9 * before
+
+    floats, plain, full = (
+        {t.name: (gguf.quants.dequantize(t.data, t.tensor_type), t.data) for t in gguf.GGUFReader(path).tensors}
+        for path in (exact / "llm-F16.gguf", *(tmp_path / f"{n}-b" / said[0]["path"] for n in ("plain", "full")))
+    )
+
+    def error(made: dict[str, Any], name: str) -> float:
+        lost = made[name][0] - floats[name][0]
+        return float(np.vdot(lost @ together[name], lost))
+
+    kept = [name for name in floats if name not in together or name == "blk.1.ffn_down.weight"]
+    assert all(np.array_equal(plain[name][1], full[name][1]) for name in kept)
+    changed = sorted(set(together) - set(kept))
+    assert len(changed) == 3 * 7 - 1
+    assert all(error(full, name) < error(plain, name) for name in changed)
+
+
+def test_levels_of_every_type_are_read_and_written_as_llama_cpp_has_them() -> None:
+    random = np.random.default_rng(0)
+    for name, kind in error_feedback._TYPES.items():
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+        packed = np.frombuffer(random.bytes(6 * 512 // block * size), np.uint8).copy().reshape(6, -1)
+        for place in (0, 2) if name == "Q4_K" else (0,):
+            packed.reshape(-1, size)[:, place : place + 2] = np.array([0.002 + place], np.float16).view(np.uint8)
+        grid = kind.read(packed)
+        np.testing.assert_allclose(grid.values(), gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name]))
+        grid.levels = random.integers(0, len(grid.table), grid.levels.shape).astype(np.uint8)
+        kind.write(packed, grid.levels)
+        np.testing.assert_allclose(grid.values(), gguf.quants.dequantize(packed, gguf.GGMLQuantizationType[name]))
+
+
+def test_correlations_that_no_memory_holds_are_refused(
+    exact: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imatrix, "_MOST_GIGABYTES", 1e-4)
+    with pytest.raises(InputError, match="the correlations of this model's inputs take 0 GB"):
+        make_imatrix(exact, data / "data.json", data, tmp_path / "m", n_ctx=1024, correlations=True)
 
 
 def test_single_tensors_get_the_type_that_was_asked_for(exact: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ WEIGHT = click.FloatRange(0)
 @click.option("--image-weight", type=WEIGHT, default=1.0, show_default=True, help="What a picture's token counts.")
 @click.option("--answer-weight", type=WEIGHT, default=1.0, show_default=True, help="What a token of an answer counts.")
 @click.option("--text-weight", type=WEIGHT, default=1.0, show_default=True, help="What every other token counts.")
+@click.option("--correlations", is_flag=True, help="Keep how inputs go together too: better rounding, a large file.")
 @click.option("--limit", metavar="N", type=click.IntRange(1), help="Only the first so many samples.")
 @click.option("--n-ctx", metavar="N", type=click.IntRange(64), help="Context in tokens; longer samples are skipped.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was seen as one JSON object.")
@@ -32,7 +33,8 @@ def imatrix(
     **options: Any,
 ) -> None:  # fmt: skip
     """Run instruction data with its pictures through the language model of BUNDLE, best one of floats, and write
-    llama.cpp's GGUF file of what went into every matrix. `convert` and `quantize` take it as --imatrix.
+    llama.cpp's GGUF file of what went into every matrix. `convert` and `quantize` take it as --imatrix. With
+    --correlations, for models of up to half a billion parameters or so, they round weights to make up for each other.
 
     \b
     llava-edge imatrix exact --data train.json --images photos -o matrix.gguf --limit 500

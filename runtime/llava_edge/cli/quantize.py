@@ -87,4 +87,8 @@ def _line(file: dict[str, Any]) -> str:
         return f"{file['path']}: {after / 1e6:.1f} MB, as it was"
     total = sum(file["tensors"].values())
     fallbacks = f"; {file['fallbacks']} of {total} tensors fell back to other types" if file["fallbacks"] else ""
-    return f"{file['path']}: {before / 1e6:.1f} MB to {after / 1e6:.1f} MB{fallbacks}"
+    line = f"{file['path']}: {before / 1e6:.1f} MB to {after / 1e6:.1f} MB{fallbacks}"
+    if file["output_error"]:
+        nearest, chosen = file["output_error"]
+        line += f"; rounding changes the matrices' outputs by {chosen:.2%} ({nearest:.2%} with the nearest levels)"
+    return line
