@@ -45,8 +45,8 @@ class Grid:
 
 def _nibbles(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Blocks ``[N, 32]`` of four bits as bytes ``[N, 16]``: the first half of a block below the second."""
-    low, high = levels[:, :16] & 15, levels[:, 16:] & 15
-    return low | (high << 4)
+    low, high = levels[:, :16] & np.uint8(15), levels[:, 16:] & np.uint8(15)
+    return low | (high << np.uint8(4))
 
 
 def _from_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:

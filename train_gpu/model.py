@@ -150,7 +150,7 @@ class Trainee(nn.Module):
                 parameter.requires_grad_(name.endswith("norm.weight"))
         if recipe.model.tower_blocks and self.tower is not None:
             if self.attention == "eager":  # the tower's own may be the fused kernel, whose backward is slow on a CPU
-                self.tower.set_attn_implementation("eager")
+                cast(Any, self.tower).set_attn_implementation("eager")
             for block in used_blocks(self.tower, self.config)[-recipe.model.tower_blocks :]:
                 block.requires_grad_(True)
         for parameter in self.parameters():
