@@ -10,7 +10,6 @@ Shapes: R rows and K columns of a matrix.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +21,8 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-log = logging.getLogger(__name__)
-
 DAMPING = 0.01
-"""What is added to the mean of the inputs' squares, as a share of it: what few samples say of rare inputs is noise."""
+"""What is added to each input's mean square, as a share of the mean of all: of rare inputs few samples say little."""
 _COLUMNS = 64  # columns whose errors are carried on together
 
 
@@ -44,9 +41,10 @@ class Grid:
 
 
 def _nibbles(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Blocks ``[N, 32]`` of four bits as bytes ``[N, 16]``: the first half of a block below the second."""
-    low, high = levels[:, :16] & np.uint8(15), levels[:, 16:] & np.uint8(15)
-    return low | (high << np.uint8(4))
+    """Rows of four bits ``[N, 2 n]`` as bytes ``[N, n]``: the first half of a row below the second."""
+    low, high = np.split(levels & np.uint8(15), 2, axis=-1)
+    packed: NDArray[np.uint8] = low | (high << np.uint8(4))
+    return packed
 
 
 def _from_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -98,8 +96,7 @@ class _Q4K:
 
     def write(self, data: NDArray[np.uint8], levels: NDArray[np.uint8]) -> None:
         blocks = data.reshape(-1, 144).copy()
-        pairs = levels.reshape(-1, 2, 32)
-        blocks[:, 16:] = (pairs[:, 0] | (pairs[:, 1] << 4)).reshape(len(blocks), 128)
+        blocks[:, 16:] = _nibbles(levels.reshape(-1, 64)).reshape(len(blocks), 128)
         data[:] = blocks.reshape(data.shape)
 
 
@@ -129,28 +126,28 @@ def round_again(
     """
     exact = {tensor.name: tensor for tensor in gguf.GGUFReader(source).tensors}
     made = [t for t in gguf.GGUFReader(target, "r+").tensors if t.tensor_type.name in _TYPES and t.name in correlations]
+    alike: dict[int, list[Any]] = {}  # those that read the same inputs
+    for tensor in made:
+        alike.setdefault(id(correlations[tensor.name]), []).append(tensor)
     before = after = 0.0
-    factors: dict[int, tuple[NDArray[np.intp], NDArray[np.float32]]] = {}  # of one matrix of correlations at a time
-    for number, tensor in enumerate(made, 1):
-        together = correlations[tensor.name]
-        if id(together) not in factors:
-            factors = {id(together): _factor(together)}
-        kind = _TYPES[tensor.tensor_type.name]
-        origin = exact[tensor.name]
-        matrix = gguf.quants.dequantize(origin.data, origin.tensor_type).astype(np.float32)
-        grid = kind.read(tensor.data)
-        nearest = _error(matrix - grid.values(), together)
-        levels = grid.levels
-        grid.levels = _levels(matrix, grid, *factors[id(together)])
-        carried = _error(matrix - grid.values(), together)
-        if carried < nearest:
-            kind.write(tensor.data, grid.levels)
-        else:
-            grid.levels, carried = levels, nearest
-        whole = _error(matrix, together)
-        before, after = before + nearest / whole, after + carried / whole
-        if progress:
-            progress(number, len(made))
+    done = 0
+    for group in alike.values():
+        together = correlations[group[0].name]
+        order, carry = _factor(together)
+        for tensor in group:
+            kind, origin = _TYPES[tensor.tensor_type.name], exact[tensor.name]
+            matrix = gguf.quants.dequantize(origin.data, origin.tensor_type).astype(np.float32)
+            grid = kind.read(tensor.data)
+            nearest = _error(matrix - grid.values(), together)
+            grid.levels = _levels(matrix, grid, order, carry)
+            carried = _error(matrix - grid.values(), together)
+            if carried < nearest:
+                kind.write(tensor.data, grid.levels)
+            whole = _error(matrix, together)
+            before, after = before + nearest / whole, after + min(nearest, carried) / whole
+            done += 1
+            if progress:
+                progress(done, len(made))
     if made:
         made[0].data.flush()
     count = max(1, len(made))

@@ -69,6 +69,7 @@ class Drawer:
     ) -> None:
         self._model = load_model(str(checkpoint)).eval().requires_grad_(False)
         self._features = FeatureCache(features)
+        self._tower = self._model.model.vision_tower.float()
         self._projector = self._model.model.multi_modal_projector.float()
         bf16 = has_bfloat16("cpu") if bf16 is None else bf16
         self._llm = self._model.model.language_model.to(torch.bfloat16 if bf16 else torch.float32)
@@ -103,8 +104,7 @@ class Drawer:
         before, after = ids[: ids.index(self._renderer.image_token)], ids[ids.index(self._renderer.image_token) + 1 :]
         features = torch.from_numpy(np.stack([self._features[name] for name in pictures])).float()
         if self._features.blocks:
-            tower = self._model.model.vision_tower.float()
-            features = through_blocks(tower, self._model.config, features, self._features.blocks)
+            features = through_blocks(self._tower, self._model.config, features, self._features.blocks)
         images = pool_tokens(self._projector(features), self._image_tokens).to(self._llm.dtype)
         embed = self._llm.get_input_embeddings()
         texts = [embed(torch.tensor(part))[None].expand(len(pictures), -1, -1) for part in (before, after)]
