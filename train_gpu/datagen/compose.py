@@ -6,6 +6,7 @@ one, and what it shows. Everything is deterministic for a given random generator
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -27,6 +28,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "rectangle", "cross")
 _COLOUR_WORDS = ("color", "colour")
+MOST_PAIRS = 6
+"""Pairs of things in a picture of which it is asked how they lie; four things make twelve."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 _IN_PHOTOS = symbols.word_set("""
 airplane apple backpack banana basketball bat bear bed bee bell bicycle bird boat book bridge bus cake camera candle
@@ -283,8 +286,10 @@ def questions(scene: Composed, nouns: Sequence[str], rng: Random) -> list[Questi
     missing = rng.sample(missing, min(3, len(missing)))  # of shapes alone there may be two
     asked = [_count(noun, number, rng) for noun, number in amounts.items() if noun not in seen]
     asked += _colours(scene, rng)
-    asked += [question for pair in _pairs(single, rng) for question in _relations(*pair, rng)]
-    asked += [_where(thing, rng) for thing in rng.sample(single, min(1, len(single)))]
+    pairs = list(itertools.permutations(single, 2))
+    pairs = rng.sample(pairs, min(MOST_PAIRS, len(pairs)))
+    asked += [question for pair in pairs for question in _relations(*pair, rng)]
+    asked += [_where(thing, rng) for thing in single]
     present = rng.sample(sorted(amounts), min(2, len(amounts)))
     asked += [_presence(noun, True, rng) for noun in present]
     asked += [_presence(noun, False, rng) for noun in missing[: len(present)]]
@@ -335,11 +340,6 @@ def _colours(scene: Composed, rng: Random) -> list[Question]:
         text = f"What {colour_word} is the background?"
         asked.append(Question("colour", text, f"The background is {scene.ground}.", scene.ground))
     return asked
-
-
-def _pairs(things: Sequence[Thing], rng: Random) -> list[tuple[Thing, Thing]]:
-    pairs = [(a, b) for a in things for b in things if a is not b]
-    return rng.sample(pairs, min(2, len(pairs)))
 
 
 def _relations(one: Thing, other: Thing, rng: Random) -> list[Question]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
@@ -18,6 +18,9 @@ from llava_edge.train_gpu.datagen.symbols import Turn
 
 HELD_OUT_PETS = 100
 """Pictures of cats and of dogs, each, that are never trained on."""
+
+PRESENCE_TAUGHT = 0.4
+"""The share of questions whether something is there that the scenes' questions for a word keep."""
 
 _CALTECH = {
     "Faces": "face", "Leopards": "leopard", "Motorbikes": "motorbike", "airplanes": "airplane", "bass": "fish",
@@ -69,6 +72,7 @@ def held_out_pets(root: Path) -> list[tuple[str, str]]:
 def build(root: Path, captions_file: Path, seed: int = 0) -> dict[str, list[Sample]]:
     """Samples by source. ``root`` holds the unpacked archives, each in a folder of its own name."""
     rng = Random(seed)
+    scenes = picture_sets.read_samples(root, "scenes")
     return {
         "flickr8k-captions": _flickr_captions(captions_file, rng),
         "flickr8k-facts": _flickr_facts(captions_file, rng),
@@ -77,9 +81,23 @@ def build(root: Path, captions_file: Path, seed: int = 0) -> dict[str, list[Samp
         "caltech101": _caltech(root, rng),
         "easy-vqa": _easy_vqa(root, rng),
         "flickr8k-short": _flickr_short(captions_file, rng),
-        "scenes": picture_sets.read_samples(root, "scenes"),
+        "scenes": scenes,
+        "scenes-short": _for_a_word(scenes, rng),
         "icons": picture_sets.read_samples(root, "icons"),
     }
+
+
+def _for_a_word(scenes: Iterable[Sample], rng: Random) -> list[Sample]:
+    """Those that ask for a word each time, but of those on presence a part: there are most of these."""
+    kept = []
+    for sample in scenes:
+        asked = [turn["value"] for turn in sample["conversations"] if turn["from"] == "human"]
+        on_presence = len(asked) == 1 and re.search(r"\n(Is there|Do you see|Can you see)", asked[0])
+        if all(text.endswith(symbols.SHORT_ANSWER) for text in asked) and not (
+            on_presence and rng.random() > PRESENCE_TAUGHT
+        ):
+            kept.append(sample)
+    return kept
 
 
 def _relative(root: Path, path: Path) -> str:

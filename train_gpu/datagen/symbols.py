@@ -85,6 +85,18 @@ EXACT: dict[str, frozenset[str]] = {
     "woman": word_set("woman women"),
     "child": word_set("child children kid kids boy boys girl girls toddler baby"),
 }
+# What of two things a caption can speak of, and what no caption may say then.
+_EITHER = (
+    ("man", "woman", word_set("woman women lady ladies female girl girls people person couple")),
+    ("woman", "man", word_set("man men guy guys gentleman male boy boys people person couple")),
+    ("dog", "cat", word_set("cat cats kitten kittens")),
+    ("child", "dog", word_set("dog dogs puppy puppies animal")),
+)
+_OUTDOORS = word_set("""
+beach field forest grass grassy hill lake lawn mountain mountains ocean outdoors outside park river road rock rocks sand
+sidewalk sky snow snowy street surf trail tree trees wave waves woods yard
+""")
+_INDOORS = word_set("bed bedroom carpet couch indoor indoors inside kitchen office restaurant room sofa table")
 COLOURS = "black white brown red blue green yellow orange pink purple gray grey tan blond blonde"
 _COLOUR = re.compile(
     rf"\b({'|'.join(COLOURS.split())})(?: and ({'|'.join(COLOURS.split())}))? "
@@ -149,7 +161,7 @@ def presence(noun: str, present: bool, rng: Random, short: float = 0.3) -> Turn:
 
 
 def caption_facts(sentences: Sequence[str], rng: Random) -> list[Turn]:
-    """Questions about a picture on what its captions agree on: presence, colour, number and action."""
+    """Questions about a picture on what its captions agree on, and one that takes for granted what they lack."""
     seen = [words(s) for s in sentences]
     there = [n for n, w in EXACT.items() if sum(bool(s & w) for s in seen) >= 2]
     absent = [n for n, w in NOUNS.items() if not any(s & w for s in seen)]
@@ -159,6 +171,12 @@ def caption_facts(sentences: Sequence[str], rng: Random) -> list[Turn]:
         several = any("dogs" in s or "puppies" in s for s in seen)
         turns.append((rng.choice(ANIMAL), "There are dogs in the picture." if several else "It is a dog."))
     turns += _colours(sentences, rng) + _counts(sentences, rng)
+    turns += [
+        which_of(one, other, rng) for one, other, never in _EITHER if one in there and not any(never & s for s in seen)
+    ]
+    turns += _indoors(seen, rng)
+    if rng.random() < 0.5:
+        turns.append(unseen(rng.choice(absent), rng))
     for sentence in sentences:
         if match := _DOING.match(sentence):
             turns.append((f"What is the {match[1]} doing?", f"The {match[1]} is {match[2]}."))
@@ -193,6 +211,36 @@ def _counts(sentences: Sequence[str], rng: Random) -> list[Turn]:
     return rng.sample(turns, min(2, len(turns)))
 
 
+def _indoors(seen: Sequence[set[str]], rng: Random) -> list[Turn]:
+    """Whether it is indoors, if two captions speak of what is found there and none of what is found elsewhere."""
+    inside, outside = (sum(bool(place & s) for s in seen) for place in (_INDOORS, _OUTDOORS))
+    if min(inside, outside) > 0 or max(inside, outside) < 2:
+        return []
+    is_inside = inside > 0
+    where = "indoors" if is_inside else "outdoors"
+    asked = rng.choice(("Is this indoors or outdoors?", "Is it outdoors or indoors?", "outdoors", "indoors"))
+    if asked.endswith("?"):
+        return [(asked, f"It is {where}.")]
+    return [(f"Is this {asked}?", f"{'Yes' if asked == where else 'No'}, it is {where}.")]
+
+
+def unseen(noun: str, rng: Random) -> Turn:
+    """A question that takes for granted what is not in the picture."""
+    thing = noun if noun == "snow" else article(noun)
+    colour = rng.choice(("color", "colour"))
+    question = rng.choice(
+        (f"What {colour} is the {noun}?", f"Where is the {noun}?", f"What does the {noun} look like?")
+    )
+    return question, f"I can't see {thing} in the picture."
+
+
+def which_of(noun: str, other: str, rng: Random) -> Turn:
+    """A question that offers what is in the picture and something else."""
+    first, second = rng.sample((article(noun), article(other)), 2)
+    it = rng.choice(("it", "this"))
+    return f"Is {it} {first} or {second}?", f"It is {article(noun)}."
+
+
 def name_turns(noun: str, kind: str | None, others: Sequence[str], rng: Random) -> list[Turn]:
     """Questions about a picture of which only the name of the main thing is known.
 
@@ -208,7 +256,11 @@ def name_turns(noun: str, kind: str | None, others: Sequence[str], rng: Random) 
         turns.append((rng.choice(ANIMAL), longer))
         turns.append((f"{rng.choice(ANIMAL)}\n{SHORT_ANSWER}", noun if kind == "animal" else kind))
     turns.append(presence(noun, True, rng))
-    turns.append(presence(rng.choice([o for o in others if o != noun]), False, rng))
+    missing = [rng.choice([o for o in others if o != noun]) for _ in range(3)]
+    turns.append(presence(missing[0], False, rng))
+    turns.append(which_of(noun, missing[1], rng))
+    if rng.random() < 0.3:
+        turns.append(unseen(missing[2], rng))
     return turns
 
 
@@ -223,4 +275,5 @@ def pet_turns(noun: str, rng: Random) -> list[Turn]:
         (f"{rng.choice(ANIMAL)}\n{SHORT_ANSWER}", noun),
         presence(noun, True, rng),
         presence(other, False, rng),
+        unseen(other, rng),
     ]

@@ -143,8 +143,8 @@ def merge(parts: tuple[Path, ...], output: Path, as_json: bool) -> None:
 def sweep(task: str, data: Path, grid: tuple[str, ...], **values: Any) -> None:
     """Run TASK over a grid of settings into folders below --output. What is finished is not run again.
 
-    Keys are model, image-tokens, image-mode, prompt-format, feature-layers (10+11), system, max-tokens, limit, and the
-    task's own options, such as suffix, or format of scienceqa.
+    Keys are model, image-tokens, image-reduction, image-mode, prompt-format, feature-layers (10+11), vision-backend,
+    system, max-tokens, limit, and the task's own options, such as suffix, or format of scienceqa.
 
     \b
     llava-edge eval sweep pope --data pope --grid image-tokens=64,16 --grid image-mode=pad,crop -o sweep
