@@ -40,6 +40,7 @@ CALIBRATION = {
     "imagenet": 20,
     "easy-vqa": 40,
     "scenes": 80,
+    "scenes-short": 40,
     "icons": 40,
 }
 IMAGE = ImageSpec(

@@ -72,7 +72,7 @@ def test_what_no_caption_names_can_not_be_seen() -> None:
         q for seed in range(50) for q, answer in facts(CAPTIONS, seed).items() if answer.startswith("I can't see")
     ]
     assert unseen
-    assert not any({"dog", "snow", "cat", "animal"} & words(question) for question in unseen)
+    assert not any({"dog", "snow"} & words(question) for question in unseen)
 
 
 def test_of_two_things_the_one_that_captions_name_is_right() -> None:
@@ -92,7 +92,7 @@ def test_where_captions_disagree_on_the_place_it_is_not_asked() -> None:
 
 def test_people_of_both_kinds_are_not_offered() -> None:
     captions = ["A man and a woman walk.", "A man with a girl.", "A man and his wife."]
-    assert not any(" or " in question for seed in range(20) for question in facts(captions, seed))
+    assert not any({"man", "woman"} <= words(question) for seed in range(20) for question in facts(captions, seed))
 
 
 def test_presence_is_balanced_for_names() -> None:

@@ -93,10 +93,10 @@ _EITHER = (
     ("child", "dog", word_set("dog dogs puppy puppies animal")),
 )
 _OUTDOORS = word_set("""
-beach field forest grass grassy hill lake lawn mountain mountains ocean outdoors outside park river road rock rocks sand
-sidewalk sky snow snowy street surf trail tree trees wave waves woods yard
+beach field forest grass grassy hill lake lawn mountain mountains ocean outdoors outside park river road rocks sand
+sidewalk sky snow snowy street surf trail tree trees woods yard
 """)
-_INDOORS = word_set("bed bedroom carpet couch indoor indoors inside kitchen office restaurant room sofa table")
+_INDOORS = word_set("bedroom carpet couch indoor indoors inside kitchen office restaurant room sofa")
 COLOURS = "black white brown red blue green yellow orange pink purple gray grey tan blond blonde"
 _COLOUR = re.compile(
     rf"\b({'|'.join(COLOURS.split())})(?: and ({'|'.join(COLOURS.split())}))? "
