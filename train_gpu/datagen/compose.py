@@ -27,7 +27,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18), "white": (250, 250, 250), "gray": (132, 132, 132),
 }  # fmt: skip
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "rectangle", "cross")
-_COLOUR_WORDS = ("color", "colour")
 MOST_PAIRS = 6
 """Pairs of things in a picture of which it is asked how they lie; four things make twelve."""
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -302,8 +301,8 @@ def questions(scene: Composed, nouns: Sequence[str], rng: Random) -> list[Questi
 def _absent(noun: str, rng: Random) -> Question:
     """What can't be answered, in words that are used of what is there too."""
     shape = noun in SHAPES and rng.random() < 0.7
-    text = f"What {rng.choice(_COLOUR_WORDS)} is the {noun}?" if shape else f"Where is the {noun}?"
-    return Question("absent", text, f"I can't see {symbols.article(noun)} in the picture.")
+    text = f"What {rng.choice(symbols.COLOUR_WORDS)} is the {noun}?" if shape else f"Where is the {noun}?"
+    return Question("absent", text, symbols.cannot_see(noun))
 
 
 def _where(thing: Thing, rng: Random) -> Question:
@@ -331,7 +330,7 @@ def _colours(scene: Composed, rng: Random) -> list[Question]:
         if thing.colour:
             shapes.setdefault(thing.noun, set()).add(thing.colour)
     amounts = Counter(thing.noun for thing in scene.things)
-    colour_word = rng.choice(_COLOUR_WORDS)
+    colour_word = rng.choice(symbols.COLOUR_WORDS)
     for noun, colours in shapes.items():
         (colour,) = colours
         be, name = ("is", noun) if amounts[noun] == 1 else ("are", plural(noun))

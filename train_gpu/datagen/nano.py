@@ -92,7 +92,7 @@ def _for_a_word(scenes: Iterable[Sample], rng: Random) -> list[Sample]:
     kept = []
     for sample in scenes:
         asked = [turn["value"] for turn in sample["conversations"] if turn["from"] == "human"]
-        on_presence = len(asked) == 1 and re.search(r"\n(Is there|Do you see|Can you see)", asked[0])
+        on_presence = len(asked) == 1 and symbols.asks_presence(asked[0].removeprefix("<image>\n"))
         if all(text.endswith(symbols.SHORT_ANSWER) for text in asked) and not (
             on_presence and rng.random() > PRESENCE_TAUGHT
         ):

@@ -48,6 +48,11 @@ ANIMAL = (
 )
 
 
+_PRESENCE = ("Is there {} in the picture?", "Is there {}?", "Do you see {}?", "Can you see {}?")
+_ASKS_PRESENCE = tuple(question.partition("{}")[0] for question in _PRESENCE)
+COLOUR_WORDS = ("color", "colour")
+
+
 def word_set(text: str) -> frozenset[str]:
     """The words of a text that white space parts."""
     return frozenset(text.split())
@@ -149,12 +154,25 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[a-z]+", text.lower()))
 
 
+def _one(noun: str) -> str:
+    """The noun with its article, if it can be counted."""
+    return noun if noun == "snow" else article(noun)
+
+
+def asks_presence(question: str) -> bool:
+    """Whether a question is one of :func:`presence`."""
+    return question.startswith(_ASKS_PRESENCE)
+
+
+def cannot_see(noun: str) -> str:
+    """The answer to a question about what is not in the picture."""
+    return f"I can't see {_one(noun)} in the picture."
+
+
 def presence(noun: str, present: bool, rng: Random, short: float = 0.3) -> Turn:
     """A yes/no question on a thing; ``short`` is how often it asks for a single word."""
-    thing = noun if noun == "snow" else article(noun)
-    question = rng.choice(
-        (f"Is there {thing} in the picture?", f"Is there {thing}?", f"Do you see {thing}?", f"Can you see {thing}?")
-    )
+    thing = _one(noun)
+    question = rng.choice(_PRESENCE).format(thing)
     if rng.random() < short:
         return f"{question}\n{SHORT_ANSWER}", "Yes" if present else "No"
     return question, f"Yes, there is {thing} in the picture." if present else f"No, there is no {noun} in the picture."
@@ -192,7 +210,7 @@ def _colours(sentences: Iterable[str], rng: Random) -> list[Turn]:
     for noun, colours in sorted(found.items()):
         if len(colours) == 1:
             verb = "are" if noun == "shorts" else "is"
-            word = rng.choice(("color", "colour"))
+            word = rng.choice(COLOUR_WORDS)
             turns.append((f"What {word} {verb} the {noun}?", f"The {noun} {verb} {colours.copy().pop()}."))
     return turns
 
@@ -226,12 +244,11 @@ def _indoors(seen: Sequence[set[str]], rng: Random) -> list[Turn]:
 
 def unseen(noun: str, rng: Random) -> Turn:
     """A question that takes for granted what is not in the picture."""
-    thing = noun if noun == "snow" else article(noun)
-    colour = rng.choice(("color", "colour"))
+    colour = rng.choice(COLOUR_WORDS)
     question = rng.choice(
         (f"What {colour} is the {noun}?", f"Where is the {noun}?", f"What does the {noun} look like?")
     )
-    return question, f"I can't see {thing} in the picture."
+    return question, cannot_see(noun)
 
 
 def which_of(noun: str, other: str, rng: Random) -> Turn:
