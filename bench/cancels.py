@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import random
+import re
 import time
 from typing import Any
 
@@ -19,7 +20,8 @@ NUMBERS = 300  # two or three tokens each
 
 
 def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
-    """Seconds from the moment at which a client leaves until its place is free, as ``/metrics`` shows it.
+    """Seconds from the moment at which a client leaves until ``/metrics`` shows its place free, and of these what the
+    server needs once it knows, which is what it says itself.
 
     Beside them the time of one token, of one batch of a text, and of one picture, when nobody leaves.
     """
@@ -30,22 +32,37 @@ def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
     seen = client.ask(_question("What is it?", _picture(chance)))
     assert long.ttft_seconds is not None
     assert seen.ttft_seconds is not None
-    found: dict[str, list[float]] = {"decode": [], "prefill": [], "picture": []}
+    found: dict[str, list[float]] = {kind: [] for kind in ("decode", "prefill", "picture")}
+    known: dict[str, list[float]] = {kind: [] for kind in found}
     for _ in range(count):
-        client.ask(_question(STORY), leave_after=chance.randint(1, max(1, len(whole.seconds) - 4)))
-        found["decode"].append(_until_free(client))
-        client.ask(_question(_text(chance)), patience_seconds=chance.uniform(0.1, 0.8) * long.ttft_seconds)
-        found["prefill"].append(_until_free(client))
-        picture = _question("What is it?", _picture(chance))
-        client.ask(picture, patience_seconds=chance.uniform(0.1, 0.8) * seen.ttft_seconds)
-        found["picture"].append(_until_free(client))
+        for kind in found:
+            before, number = _server_seconds(client)
+            if kind == "decode":
+                client.ask(_question(STORY), leave_after=chance.randint(1, max(1, len(whole.seconds) - 4)))
+            elif kind == "prefill":
+                client.ask(_question(_text(chance)), patience_seconds=chance.uniform(0.1, 0.8) * long.ttft_seconds)
+            else:
+                picture = _question("What is it?", _picture(chance))
+                client.ask(picture, patience_seconds=chance.uniform(0.1, 0.8) * seen.ttft_seconds)
+            found[kind].append(_until_free(client))
+            after, last = _server_seconds(client)
+            if last == number + 1:  # it had not ended by itself
+                known[kind].append(after - before)
     return {
         "count": count,
         "token_seconds": quantiles(gaps),
         "batch_seconds": long.ttft_seconds * DEFAULT_BATCH / max(DEFAULT_BATCH, long.prompt_tokens),
         "picture_seconds": seen.ttft_seconds,
         **{f"{kind}_seconds_until_free": quantiles(values) for kind, values in found.items()},
+        **{f"{kind}_seconds_in_server": quantiles(values) for kind, values in known.items()},
     }
+
+
+def _server_seconds(client: Client) -> tuple[float, float]:
+    """The sum and the number of the server's own times."""
+    text = client.get("/metrics")[1].decode()
+    total, number = (re.search(rf"^llava_edge_cancel_seconds_{name} (\S+)", text, re.M) for name in ("sum", "count"))
+    return (float(total[1]), float(number[1])) if total and number else (0.0, 0.0)
 
 
 def _until_free(client: Client) -> float:

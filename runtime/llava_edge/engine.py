@@ -289,7 +289,9 @@ class Engine:
             for seq in runs:
                 self.truncate(past[seq], seq)
             raise
-        logits = np.stack([self.logits(row) for row in ends])
+        logits = np.empty((len(ends), self.n_vocab), np.float32)
+        for copy, row in zip(logits, ends, strict=True):
+            copy[:] = self._logits(row)
         for seq, run in runs.items():
             self._past[seq] = past[seq] + length
             if len(run) < length:
@@ -351,11 +353,15 @@ class Engine:
 
     def logits(self, row: int = -1) -> NDArray[np.float32]:
         """A copy of the last evaluated token's logits, or of a row of the last batch, ``float32 [V]``."""
+        return self._logits(row).copy()
+
+    def _logits(self, row: int) -> NDArray[np.float32]:
+        """llama.cpp's own, which the next batch overwrites."""
         self._check_open()
         pointer = self._library.llama_get_logits_ith(self._context, row)
         if not pointer:
             raise EngineError("there are no logits: the last batch was evaluated without them")
-        return np.ctypeslib.as_array(pointer, (self.n_vocab,)).copy()
+        return np.ctypeslib.as_array(pointer, (self.n_vocab,))
 
     def truncate(self, n_past: int, seq: int = 0) -> bool:
         """Forget everything from a position on. False: the model can't, and the whole sequence is forgotten."""

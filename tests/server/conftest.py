@@ -111,7 +111,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 @pytest.fixture(scope="session")
 def nano_server(serve: Callable[..., Server], nano: Any) -> Server:
     """nano; the fixture of the model skips where it is not there."""
-    return serve("--parallel", 3)
+    return serve("--parallel", 5)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import json
 import random
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,15 @@ import pytest
 
 import llava_edge
 from llava_edge.engine import Engine
+from llava_edge.grammar import from_schema
 from llava_edge.prompt import Answer, TokenRun, UserText
-from llava_edge.server.answer import REMEMBERED_TOKENS, AnswerMemory
+from llava_edge.server import scheduler as scheduler_module
+from llava_edge.server.answer import REMEMBERED_TOKENS, AnswerMemory, Event, Job
 from llava_edge.server.errors import ApiError
 from llava_edge.server.lanes import Lanes
+from llava_edge.server.metrics import Metrics
+from llava_edge.server.protocol import ChatRequest, Turn
+from llava_edge.server.scheduler import Scheduler
 from llava_edge.server.service import Options, Service
 from llava_edge.side_by_side import runs
 
@@ -68,7 +74,7 @@ def test_texts_under_load_are_those_of_the_chat(
             messages.append(answer(texts[-1]))
         return texts
 
-    pairs = [(a, b) for a in photos for b in photos if a != b][:7]
+    pairs = [(a, b) for a in photos for b in photos if a != b][:8]
     with ThreadPoolExecutor(len(pairs)) as pool:
         together = list(pool.map(lambda pair: served(*pair), pairs))
     assert together == [expected(*pair) for pair in pairs]
@@ -121,9 +127,46 @@ def test_a_picture_that_several_ask_about_is_read_once(nano_server: Server, pict
     assert metric(nano_server, 'llava_edge_pictures_total{cache="miss"}') == misses + 1
 
 
+@pytest.mark.parametrize("pause_seconds", [60.0, 0.0])
+def test_prompts_that_wait_are_read_until_the_pause_is_over(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch, pause_seconds: float
+) -> None:
+    """Two questions come while an answer is written, which goes on after both or between them."""
+    monkeypatch.setattr(scheduler_module, "_PAUSE_SECONDS", pause_seconds)
+    names: list[str] = []
+    began, over = threading.Event(), threading.Event()
+
+    def job(name: str) -> Job:
+        def emit(event: Event) -> None:
+            names.append(name)
+            began.set()
+            if len(names) > 40:
+                over.set()
+
+        request = ChatRequest(None, (Turn("Hello"),), max_tokens=400, top_logprobs=0)
+        now = time.perf_counter()
+        return Job(request, [[]], emit, now, now + 60, from_schema(_NUMBERS))
+
+    model = llava_edge.load(tiny_bundle, n_threads=1, n_ctx=512, n_seq_max=3)
+    scheduler = Scheduler(model, Metrics(), exact=True, store_bytes=0)
+    try:
+        scheduler.submit(job("first"))
+        assert began.wait(30)
+        with scheduler._lock:  # both are there before the next step
+            scheduler.submit(job("second"))
+            scheduler.submit(job("third"))
+        assert over.wait(30)
+    finally:
+        scheduler.close()
+        model.close()
+    between = names[names.index("second") : names.index("third")]
+    assert ("first" in between) == (pause_seconds == 0), names
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(tiny_server: Server, stream: bool) -> None:
     before = metric(tiny_server, "llava_edge_cancelled_total")
+    freed = metric(tiny_server, "llava_edge_cancel_seconds_count")
     connection = post(
         tiny_server,
         {"messages": [question("Hello")], "stream": stream, **LONG},
@@ -132,6 +175,7 @@ def test_a_client_that_leaves_frees_its_place(tiny_server: Server, stream: bool)
     connection.close()
     wait_for(lambda: metric(tiny_server, "llava_edge_cancelled_total") == before + 1)
     wait_for(lambda: metric(tiny_server, "llava_edge_running") == 0)
+    assert metric(tiny_server, "llava_edge_cancel_seconds_count") == freed + 1
 
 
 def test_a_client_that_leaves_while_its_prompt_is_read_stops_that(

@@ -81,6 +81,7 @@ class Job:
     deadline: float
     grammar: str | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled_at: float = 0.0
 
 
 class AnswerMemory:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from llava_edge.types import Usage
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_CANCEL_SECONDS = (0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _SPEEDS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
@@ -41,6 +42,10 @@ class Metrics:
         self._speed = Histogram(
             "llava_edge_decode_tokens_per_second", "Speed of an answer", buckets=_SPEEDS, registry=self._registry
         )
+        self._freed = Histogram(
+            "llava_edge_cancel_seconds", "From a client's leaving until its place is free", buckets=_CANCEL_SECONDS,
+            registry=self._registry,
+        )  # fmt: skip
         self._gauges = {
             name: Gauge(f"llava_edge_{name}", text, registry=self._registry)
             for name, text in (
@@ -58,6 +63,10 @@ class Metrics:
     def cancelled(self) -> None:
         """A client left."""
         self._cancelled.inc()
+
+    def freed(self, seconds: float) -> None:
+        """The place of a client that left is free, so long after the server knew that it left."""
+        self._freed.observe(seconds)
 
     def picture(self, hit: bool) -> None:
         """A picture was asked about."""

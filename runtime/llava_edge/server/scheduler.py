@@ -1,4 +1,4 @@
-"""One thread that computes all answers: a piece of one prompt, then a token for everyone, and again."""
+"""One thread that computes all answers: pieces of prompts for a moment, then a token for everyone, and again."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from llava_edge.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
+
+# Answers that are being written stand still while a piece of a prompt is read, and while further ones are begun within
+# this time: so more of them come to be written together.
+_PAUSE_SECONDS = 0.1
 
 
 @dataclass(eq=False)
@@ -79,6 +83,7 @@ class Scheduler:
     def cancel(self, job: Job) -> None:
         """Give a job up at once, in the middle of its prompt too; nothing is emitted any more."""
         with self._lock:
+            job.cancelled_at = time.perf_counter()
             job.cancelled.set()
             if self._prefilling is job:
                 self.model.engine.stopping = True
@@ -118,9 +123,7 @@ class Scheduler:
     def _work(self) -> None:
         while self._wait():
             try:
-                self._drop_overdue()
-                self._admit()
-                self._read_a_piece()
+                self._read_pieces()
                 self._write_tokens()
             except Exception as error:  # a defect ends the answers that run, never the server
                 # the error's own words may hold what people wrote
@@ -161,11 +164,20 @@ class Scheduler:
             self._waiting.remove(job)
         return job
 
-    def _read_a_piece(self) -> None:
-        """One picture, or one batch of the prompt, of the job that is being read."""
+    def _read_pieces(self) -> None:
+        """What waits to be read, until the pause is over."""
+        end = time.monotonic() + _PAUSE_SECONDS
+        while True:
+            self._drop_overdue()
+            self._admit()
+            if not self._read_a_piece() or time.monotonic() >= end:
+                return
+
+    def _read_a_piece(self) -> bool:
+        """One picture, or one batch of the prompt, of the job that is being read; False if there is none."""
         reading = next((active for active in self._active if active.token is None), None)
         if reading is None:
-            return
+            return False
         with self._lock:
             self._prefilling = reading.job
         try:
@@ -175,8 +187,8 @@ class Scheduler:
             with self._lock:
                 self._prefilling = None
                 self.model.engine.stopping = False
-        if reading.job.cancelled.is_set():
-            self._drop(reading)
+        self._dropped(reading)
+        return True
 
     def _write_tokens(self) -> None:
         """A token for every answer that is being written."""
@@ -216,7 +228,9 @@ class Scheduler:
             self._drop(active)
 
     def _dropped(self, active: _Active) -> bool:
-        if active.job.cancelled.is_set():
+        """Whether an answer is over; if its client has left, it is from now on."""
+        if active in self._active and active.job.cancelled.is_set():
+            self.metrics.freed(time.perf_counter() - active.job.cancelled_at)
             self._drop(active)
         return active not in self._active
 
@@ -229,8 +243,8 @@ class Scheduler:
 
     def _drop_overdue(self) -> None:
         """End what nobody waits for any more, before the next piece of work is done for the others."""
-        for active in [active for active in self._active if active.job.cancelled.is_set()]:
-            self._drop(active)
+        for active in list(self._active):
+            self._dropped(active)
         now = time.perf_counter()
         overdue = ApiError(504, "The answer took longer than the server allows.", code="timeout")
         for active in [active for active in self._active if active.job.deadline < now]:
