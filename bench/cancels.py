@@ -16,12 +16,13 @@ from llava_edge.bench.http_client import Client, quantiles
 from llava_edge.engine import DEFAULT_BATCH
 
 STORY = "Write a long story about a dog that crosses the sea. Tell it in many chapters."
+QUIET_SECONDS = 0.3
 NUMBERS = 300  # two or three tokens each
 
 
 def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
-    """Seconds from the moment at which a client leaves until ``/metrics`` shows its place free, and of these what the
-    server needs once it knows, which is what it says itself.
+    """Seconds from the moment at which a client leaves until its place is free: as ``/metrics`` shows it to who keeps
+    asking, and, the next time, from when the server knows it, as that says itself afterwards.
 
     Beside them the time of one token, of one batch of a text, and of one picture, when nobody leaves.
     """
@@ -33,10 +34,10 @@ def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
     assert long.ttft_seconds is not None
     assert seen.ttft_seconds is not None
     found: dict[str, list[float]] = {kind: [] for kind in ("decode", "prefill", "picture")}
-    known: dict[str, list[float]] = {kind: [] for kind in found}
-    for _ in range(count):
+    own: dict[str, list[float]] = {kind: [] for kind in found}
+    for number in range(2 * count):
         for kind in found:
-            before, number = _server_seconds(client)
+            before, ended = _server_seconds(client)
             if kind == "decode":
                 client.ask(_question(STORY), leave_after=chance.randint(1, max(1, len(whole.seconds) - 4)))
             elif kind == "prefill":
@@ -44,17 +45,20 @@ def cancel_latencies(client: Client, count: int, seed: int) -> dict[str, Any]:
             else:
                 picture = _question("What is it?", _picture(chance))
                 client.ask(picture, patience_seconds=chance.uniform(0.1, 0.8) * seen.ttft_seconds)
-            found[kind].append(_until_free(client))
+            if number % 2:
+                found[kind].append(_until_free(client))
+                continue
+            time.sleep(QUIET_SECONDS)  # to ask takes the server's time too
             after, last = _server_seconds(client)
-            if last == number + 1:  # it had not ended by itself
-                known[kind].append(after - before)
+            if last == ended + 1:  # the answer had not ended by itself
+                own[kind].append(after - before)
     return {
         "count": count,
         "token_seconds": quantiles(gaps),
         "batch_seconds": long.ttft_seconds * DEFAULT_BATCH / max(DEFAULT_BATCH, long.prompt_tokens),
         "picture_seconds": seen.ttft_seconds,
         **{f"{kind}_seconds_until_free": quantiles(values) for kind, values in found.items()},
-        **{f"{kind}_seconds_in_server": quantiles(values) for kind, values in known.items()},
+        **{f"{kind}_seconds_in_server": quantiles(values) for kind, values in own.items()},
     }
 
 

@@ -213,7 +213,7 @@ def test_no_bundle_is_not_found(library, tmp_path):
 
 
 def test_swapped_files_are_refused(library, nano):
-    assert load_tower(library, nano / "llm-Q4_K_M.gguf") == MODEL_INVALID
+    assert load_tower(library, nano / "llm-IQ4_NL.gguf") == MODEL_INVALID
     assert "general.architecture" in said(library)
 
 

@@ -230,7 +230,6 @@ class Scheduler:
     def _dropped(self, active: _Active) -> bool:
         """Whether an answer is over; if its client has left, it is from now on."""
         if active in self._active and active.job.cancelled.is_set():
-            self.metrics.freed(time.perf_counter() - active.job.cancelled_at)
             self._drop(active)
         return active not in self._active
 
@@ -238,8 +237,10 @@ class Scheduler:
         """Free the lane; what was evaluated stays there."""
         if active in self._active:
             active.steps.close()
-            self._active.remove(active)
             self._lanes.release(active.lane)
+            if active.job.cancelled.is_set():
+                self.metrics.freed(time.perf_counter() - active.job.cancelled_at)
+            self._active.remove(active)
 
     def _drop_overdue(self) -> None:
         """End what nobody waits for any more, before the next piece of work is done for the others."""
