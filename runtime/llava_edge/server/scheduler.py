@@ -229,7 +229,7 @@ class Scheduler:
 
     def _dropped(self, active: _Active) -> bool:
         """Whether an answer is over; if its client has left, it is from now on."""
-        if active in self._active and active.job.cancelled.is_set():
+        if active.job.cancelled.is_set():
             self._drop(active)
         return active not in self._active
 
