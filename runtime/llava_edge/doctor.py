@@ -88,6 +88,8 @@ def _cpu() -> Finding:
     cores = native.default_threads()
     facts = {"features": found, "threads": cores, "gpu_offload": bool(native.llama().llama_supports_gpu_offload())}
     text = f"{cores} cores; llama.cpp uses {', '.join(found) or 'no extensions'}"
+    if native.multiplies_with_amx():
+        text += "; AMX is left alone for a defect of llama.cpp, and weights are not rearranged"
     if platform.machine() in ("x86_64", "AMD64") and "AVX2" not in found:
         advice = "llama.cpp was compiled without AVX2; reinstall llama-cpp-python on this machine, from source."
         return Finding("cpu", "note", text, advice, facts)

@@ -69,7 +69,8 @@ class Engine:
     n_seq_max
         Sequences that the cache holds.
     repack
-        Whether llama.cpp may keep a copy of the weights in an order that its kernels read faster.
+        Whether llama.cpp may keep a copy of the weights in an order that its kernels read faster. It never does where
+        it was compiled for Intel's AMX; see :func:`native.multiplies_with_amx`.
     kv_type
         What keys and values are kept in: ``"f16"``, or ``"q8_0"`` in half the memory, which changes answers a little.
     flash_attention
@@ -95,6 +96,7 @@ class Engine:
         observer: Any = None,
         every_output: bool = False,
     ) -> None:
+        repack = repack and not native.multiplies_with_amx()
         if kv_type not in KV_TYPES:
             raise InputError(f"kv_type is {kv_type!r}; expected one of {', '.join(KV_TYPES)}")
         if kv_type != "f16" and flash_attention is False:

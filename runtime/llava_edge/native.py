@@ -107,6 +107,18 @@ def version() -> str:
     return str(llama_cpp.__version__)
 
 
+@functools.cache
+def multiplies_with_amx() -> bool:
+    """Whether llama.cpp would take Intel's AMX (Sapphire Rapids and later) for weights that it may rearrange.
+
+    It must not: compiled by GCC 12 and earlier, whose ``_tile_loadconfig`` says that it reads 8 of its 64 bytes, the
+    first product of several rows ends in a segmentation fault
+    (https://github.com/ggml-org/llama.cpp/issues/20824). How it was compiled can't be told from outside.
+    """
+    said: bytes = llama().llama_print_system_info()
+    return b"AMX_INT8 = 1" in said
+
+
 def _on_log(level: int, text: bytes, _data: Any) -> None:
     line = text.decode("utf-8", "replace").rstrip("\n")
     if level == _ERROR and line.strip():

@@ -41,7 +41,9 @@ void Engine::load(const std::string & path) {
         n_gpu_layers = 0;
     }
     params.n_gpu_layers    = n_gpu_layers;
-    params.use_extra_bufts = true;
+    // Compiled by GCC 12 and earlier, llama.cpp crashes at its first product with Intel's AMX
+    // (https://github.com/ggml-org/llama.cpp/issues/20824); it then rearranges no weights at all.
+    params.use_extra_bufts = std::strstr(llama_print_system_info(), "AMX_INT8 = 1") == nullptr;
     model_.reset(llama_model_load_from_file(path.c_str(), params));
     if (!model_) {
         fail(LLAVA_EDGE_MODEL_INVALID, "%s can't be loaded as a language model; the log says more", path.c_str());
