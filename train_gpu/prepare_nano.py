@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from llava_edge.train_gpu import checkpoint, features, parts
-from llava_edge.train_gpu.datagen import nano, picture_sets
+from llava_edge.train_gpu.datagen import nano, picture_sets, signs
 from llava_edge.train_gpu.datagen.icons import by_noun, read_icons
 from llava_edge.train_gpu.words import align_words
 from llava_edge.types import ImageSpec
@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 SCENES, HELD_OUT_SCENES = 9000, 300
 EACH = 3  # pictures of an icon
+SIGNS, HELD_OUT_SIGNS = 12000, 330
+HELD_OUT_FONTS = 0.2
 GROUNDS = 400  # photographs that scenes and icons to train on may stand on
 ARCHIVES = ("flickr8k-train", "caltech101-train", "cats-dogs-train", "imagenet-1000")
 FEATURE_LAYERS = (10, 11)
@@ -42,6 +44,7 @@ CALIBRATION = {
     "scenes": 80,
     "scenes-short": 40,
     "icons": 40,
+    "signs": 60,
 }
 IMAGE = ImageSpec(
     size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), mode="pad", pad_color=(124, 116, 104)
@@ -110,6 +113,26 @@ def draw_pictures(packages: Sequence[Path], root: Path, held_out: Path, seed: in
             pass
 
 
+def draw_signs(words: Sequence[str], fonts: Sequence[Path], root: Path, held_out: Path, seed: int) -> None:
+    """Draw words to learn to read in ``root``, and others in ``held_out``, in fonts that the former don't have.
+
+    Of these one set has words that are trained on, and one has words that are written nowhere else.
+    """
+    taught, kept_out = signs.hold_out_words(words)
+    families = sorted({path.name.partition("-latin-")[0] for path in fonts})
+    other = nano.held_out(families, round(HELD_OUT_FONTS * len(families)))
+    known = [path for path in fonts if path.name.partition("-latin-")[0] not in other]
+    new = [path for path in fonts if path not in known]
+    photos = picture_sets.read_photos(root / "flickr8k-train", random.Random(seed), GROUNDS + 100)
+    for folder, count, written, its_fonts, grounds, kind in (
+        (root / "signs", SIGNS, taught, known, photos[:GROUNDS], "word"),
+        (held_out / "signs", HELD_OUT_SIGNS, taught, new, photos[GROUNDS:], "word"),
+        (held_out / "signs-new", HELD_OUT_SIGNS, kept_out, new, photos[GROUNDS:], "new word"),
+    ):
+        for _ in picture_sets.write_signs(folder, count, written, its_fonts, grounds, seed, kind):
+            pass
+
+
 def unpack(archives: Path, root: Path) -> None:
     """Unpack each archive into a folder of its own name; one that is there already is left alone."""
     for name in ARCHIVES:
@@ -130,6 +153,8 @@ def unpack(archives: Path, root: Path) -> None:
               help="Folder easy_vqa/data of the wheel easy-vqa 1.0.")  # fmt: skip
 @click.option("--icons", type=click.Path(exists=True, file_okay=False, path_type=Path), multiple=True, required=True,
               help="Unpacked npm package of icons, as @iconify-json/noto; docs/nano.md names five.")  # fmt: skip
+@click.option("--fonts", type=click.Path(exists=True, file_okay=False, path_type=Path), multiple=True, required=True,
+              help="Unpacked npm package of a font, as @fontsource/lora; docs/nano.md names sixteen.")  # fmt: skip
 @click.option("--chat", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True,
               help="What `llava-edge datagen chat --llm SmolLM2-135M-Instruct.Q4_1.gguf` has written.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Folder to work in.")
@@ -142,6 +167,7 @@ def main(
     llm: Path,
     easy_vqa: Path,
     icons: Sequence[Path],
+    fonts: Sequence[Path],
     chat: Path,
     output: Path,
     tower_blocks: int,
@@ -160,6 +186,10 @@ def main(
 
     copy_held_out(root, output / "held-out")
     draw_pictures(icons, root, output / "held-out", seed)
+    named = [icon for package in icons for icon in read_icons(package)]
+    words = nano.words_to_write(archives / "flickr8k-captions.json", named)
+    files = sorted(path for package in fonts for path in package.glob("files/*-latin-[47]00-normal.woff"))
+    draw_signs(words, signs.read_fonts(files), root, output / "held-out", seed)
     samples = nano.build(root, archives / "flickr8k-captions.json", seed) | {
         "chat": json.loads(chat.read_text(encoding="utf-8"))
     }

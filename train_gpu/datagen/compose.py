@@ -126,7 +126,7 @@ def compose(icons: Mapping[str, Sequence[Icon]], photos: Sequence[Image.Image], 
     icons; it is made paler, and only icons stand on it, since a photograph has shapes and colours of its own.
     Without icons there are shapes only.
     """
-    picture, ground = _ground(photos if fits_on_photos(icons) else (), rng)
+    picture, ground = ground_of(photos if fits_on_photos(icons) else (), rng)
     wanted = _wanted(icons if ground else sorted(set(icons) - _IN_PHOTOS), ground, rng)
     boxes = _places(len(wanted), rng)
     things = []
@@ -144,7 +144,7 @@ def fits_on_photos(nouns: Collection[str]) -> bool:
 
 def compose_one(noun: str, drawn: Image.Image, photos: Sequence[Image.Image], rng: Random) -> Composed:
     """A picture of one thing, drawn as RGBA, that fills a half of its side or more."""
-    picture, ground = _ground(photos, rng)
+    picture, ground = ground_of(photos, rng)
     drawn = _scaled(drawn, rng.randint(SIZE // 2, SIZE - 10))
     corner = rng.randint(0, SIZE - drawn.width), rng.randint(0, SIZE - drawn.height)
     return Composed(picture, (_stand(picture, noun, None, drawn, corner),), ground)
@@ -157,12 +157,12 @@ def _stand(picture: Image.Image, noun: str, colour: str | None, drawn: Image.Ima
     return Thing(noun, colour, (left, top, left + drawn.width, top + drawn.height))
 
 
-def _ground(photos: Sequence[Image.Image], rng: Random) -> tuple[Image.Image, str | None]:
+def ground_of(photos: Sequence[Image.Image], rng: Random) -> tuple[Image.Image, str | None]:
     """A ground with the name of its colour, or three times of ten a photograph without one."""
     if photos and rng.random() < 0.3:
         return _photo(rng.choice(photos), rng), None
     colour = rng.choice(("white", *COLOURS))
-    return Image.new("RGB", (SIZE, SIZE), _shade(colour, rng)), colour
+    return Image.new("RGB", (SIZE, SIZE), shade(colour, rng)), colour
 
 
 def _scaled(drawn: Image.Image, side: int) -> Image.Image:
@@ -207,7 +207,8 @@ def _places(count: int, rng: Random) -> list[tuple[float, float, float]]:
                     return placed
 
 
-def _shade(colour: str, rng: Random) -> tuple[int, ...]:
+def shade(colour: str, rng: Random) -> tuple[int, ...]:
+    """A tone of one of :data:`COLOURS`, as red, green and blue from 0 to 255."""
     return tuple(min(255, max(0, level + rng.randint(-14, 14))) for level in COLOURS[colour])
 
 
@@ -225,7 +226,7 @@ def _draw(noun: str, colour: str | None, side: int, icons: Mapping[str, Sequence
     else:
         drawn = Image.new("RGBA", (4 * side, 4 * side))
         outline = [(x * 4 * side, y * 4 * side) for x, y in _outline(noun, rng)]
-        ImageDraw.Draw(drawn).polygon(outline, fill=_shade(colour, rng))
+        ImageDraw.Draw(drawn).polygon(outline, fill=shade(colour, rng))
         drawn = drawn.crop(drawn.getchannel("A").getbbox())
     return _scaled(drawn, side)
 
@@ -278,8 +279,8 @@ def description(scene: Composed) -> str:
 def questions(scene: Composed, nouns: Sequence[str], rng: Random) -> list[Question]:
     """Everything that is asked about a picture; ``nouns`` are things that may be missing from it."""
     amounts = Counter(thing.noun for thing in scene.things)
-    seen = {noun for noun, things in _SEEN_IN.items() if things & set(amounts)}
-    single = [thing for thing in scene.things if amounts[thing.noun] == 1 and thing.noun not in seen]
+    seen = _seen_in(amounts)
+    single = _single(scene.things)
     possible = (*nouns, *SHAPES) if scene.ground else [noun for noun in nouns if noun not in _IN_PHOTOS]
     missing = [noun for noun in possible if noun not in seen | set(amounts)]
     missing = rng.sample(missing, min(3, len(missing)))  # of shapes alone there may be two
@@ -296,6 +297,27 @@ def questions(scene: Composed, nouns: Sequence[str], rng: Random) -> list[Questi
     if scene.ground:
         asked.append(Question("description", rng.choice(symbols.BRIEF), description(scene)))
     return asked
+
+
+def where_questions(things: Sequence[Thing], rng: Random) -> list[Question]:
+    """Where each thing lies that is there once, and how each two of them lie, in several wordings."""
+    single = _single(things)
+    asked = [_where(thing, rng) for thing in single]
+    for pair in itertools.permutations(single, 2):
+        asked += [question for _ in range(2) for question in _relations(*pair, rng) if question.kind == "relation"]
+    return list({question.text: question for question in asked}.values())
+
+
+def _single(things: Sequence[Thing]) -> list[Thing]:
+    """Those that are there once and that nothing else could be taken for."""
+    amounts = Counter(thing.noun for thing in things)
+    seen = _seen_in(amounts)
+    return [thing for thing in things if amounts[thing.noun] == 1 and thing.noun not in seen]
+
+
+def _seen_in(nouns: Collection[str]) -> set[str]:
+    """What can be seen in one of these, too."""
+    return {noun for noun, things in _SEEN_IN.items() if things & set(nouns)}
 
 
 def _absent(noun: str, rng: Random) -> Question:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from random import Random
 
-from llava_edge.train_gpu.datagen import picture_sets, symbols
+from llava_edge.train_gpu.datagen import picture_sets, signs, symbols
+from llava_edge.train_gpu.datagen.icons import Icon
 from llava_edge.train_gpu.datagen.picture_sets import Sample
 from llava_edge.train_gpu.datagen.symbols import Turn
 
@@ -83,7 +85,9 @@ def build(root: Path, captions_file: Path, seed: int = 0) -> dict[str, list[Samp
         "flickr8k-short": _flickr_short(captions_file, rng),
         "scenes": scenes,
         "scenes-short": _for_a_word(scenes, rng),
+        "scenes-where": picture_sets.where_samples(root, "scenes", seed),
         "icons": picture_sets.read_samples(root, "icons"),
+        "signs": picture_sets.read_samples(root, "signs"),
     }
 
 
@@ -98,6 +102,13 @@ def _for_a_word(scenes: Iterable[Sample], rng: Random) -> list[Sample]:
         ):
             kept.append(sample)
     return kept
+
+
+def words_to_write(captions_file: Path, icons: Iterable[Icon]) -> list[str]:
+    """Words that three of Flickr8k's training captions have, of the names of icons, and of signs."""
+    said = Counter(word for _, sentences in _flickr(captions_file) for s in sentences for word in symbols.words(s))
+    named = [word for icon in icons for word in icon.noun.split()]
+    return signs.fit_words([*(word for word, count in said.items() if count > 2), *named, *signs.SIGN_WORDS])
 
 
 def _relative(root: Path, path: Path) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_edge.errors import InputError
 from llava_edge.images import open_image
-from llava_edge.train_gpu.datagen import compose, symbols
+from llava_edge.train_gpu.datagen import compose, signs, symbols
 from llava_edge.train_gpu.datagen.generate import about_picture, write_json
 from llava_edge.train_gpu.datagen.icons import SCENE_NOUNS, Icon, draw_icon
 from llava_edge.train_gpu.samples import PICTURE_SUFFIXES
@@ -149,6 +149,39 @@ def write_icons(
     _write(folder, every, asked, layouts)
 
 
+def write_signs(
+    folder: Path,
+    count: int,
+    words: Sequence[str],
+    fonts: Sequence[Path],
+    photos: Sequence[Image.Image],
+    seed: int,
+    kind: str = "word",
+) -> Iterator[Made]:
+    """Write ``count`` pictures of one of ``words`` to ``folder``, with ``samples.json`` and ``boxes.json``.
+
+    One of twelve is left without a word. ``questions.json`` asks for each word, as questions of ``kind``. Yields how
+    much there is after each picture.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    every: list[Sample] = []
+    asked: list[dict[str, Any]] = []
+    layouts: dict[str, Layout] = {}
+    for number in range(count):
+        rng = Random(f"{seed} sign {kind} {number}")
+        word = rng.choice(words) if rng.random() > 1 / 12 else ""
+        made = signs.compose_sign(word, fonts, photos, rng)
+        name = f"{kind.replace(' ', '-')}-{number:05d}.jpg"
+        made.picture.save(folder / name, quality=rng.randint(75, 95))
+        if word:
+            layouts[name] = layout(made)
+            asked.append({"image": name, "question": "What does it say?", "answer": word, "kind": kind})
+        turns = [q.turn(short=q.word is not None and rng.random() < 0.6) for q in signs.questions(word, words, rng)]
+        every += samples(name, turns, rng)
+        yield Made(number + 1, len(every), len(asked))
+    _write(folder, every, asked, layouts)
+
+
 def layout(scene: compose.Composed) -> Layout:
     """What stands where, as ``boxes.json`` holds it: edges are shares of the picture's sides, from 0 to 1."""
     things = [
@@ -180,6 +213,20 @@ def read_boxes(folder: Path) -> dict[str, Layout]:
     if not isinstance(made, dict) or not made:
         raise InputError(f"{path} holds no layouts; expected {{PICTURE: {{ground, things}}}}")
     return {f"{folder.name}/{name}": values for name, values in made.items()}
+
+
+def where_samples(root: Path, folder: str, seed: int) -> list[Sample]:
+    """Many questions for a word on where the things of the scenes in ``root/FOLDER`` lie."""
+    made = []
+    for name, values in read_boxes(root / folder).items():
+        things = [
+            compose.Thing(t["noun"], t["colour"], tuple(edge * compose.SIZE for edge in t["box"]))
+            for t in values["things"]
+        ]
+        rng = Random(f"{seed} where {name}")
+        asked = compose.where_questions(things, rng)
+        made += [about_picture(f"{name}#where{i}", name, [q.turn(short=True)]) for i, q in enumerate(asked)]
+    return made
 
 
 def read_samples(root: Path, folder: str) -> list[Sample]:

@@ -19,9 +19,10 @@ from llava_edge.cli import debug_option, terminal
 from llava_edge.errors import InputError, LlavaEdgeError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from llava_edge.train_gpu.datagen.generate import Statistics
+    from llava_edge.train_gpu.datagen.picture_sets import Made
     from llava_edge.train_gpu.datagen.tasks import Kind
 
 
@@ -373,8 +374,6 @@ def scenes(
     from llava_edge.train_gpu.datagen import compose, picture_sets
     from llava_edge.train_gpu.datagen.icons import by_noun, read_icons
 
-    if output.exists():
-        raise InputError(f"{output} is there already", hint="Name a folder that does not exist, or remove this one.")
     known = by_noun([icon for package in icons for icon in read_icons(package)])
     if icons and not known:
         raise InputError(f"{icons[0]} has none of the things that scenes are made of, such as apple, car and dog")
@@ -384,11 +383,69 @@ def scenes(
             hint="Shapes alone would be lost among those of a photograph.",
         )
     grounds = picture_sets.read_photos(photos, Random(seed))
+    _draw(output, count, lambda folder: picture_sets.write_scenes(folder, count, known, grounds, seed), quiet, as_json)
+
+
+@datagen.command(short_help="Draw pictures of written words, with questions.")
+@click.option("-o", "--output", type=click.Path(file_okay=False, path_type=Path), required=True,
+              help="Folder to write; it must not exist yet.")  # fmt: skip
+@click.option("--count", type=click.IntRange(1, 100_000), default=1000, show_default=True, help="Pictures to draw.")
+@click.option("--words", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Text file of words to write, those of 3 to 8 letters a to z; else words of signs.")  # fmt: skip
+@click.option("--font", "fonts", type=click.Path(exists=True, dir_okay=False, path_type=Path), multiple=True,
+              help="Font to write with (TrueType, OpenType or WOFF), else Pillow's own; may be repeated.")  # fmt: skip
+@click.option("--photos", type=click.Path(exists=True, file_okay=False, path_type=Path),
+              help="Folder of photographs, on which some of the signs stand.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--json", "as_json", is_flag=True, help="Print the statistics as JSON.")
+@debug_option
+def signs(
+    output: Path,
+    count: int,
+    words: Path | None,
+    fonts: tuple[Path, ...],
+    photos: Path | None,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Draw a word in each picture, on a sign or on the bare ground; one sign of twelve is empty.
+
+    OUTPUT gets the pictures, samples.json to train on (a source of format llava), questions.json for
+    `llava-edge eval questions`, and boxes.json with where each letter stands.
+
+    \b
+    llava-edge datagen signs --font Lora.ttf --font Roboto.ttf --photos photos --count 2000 -o signs
+    llava-edge eval questions signs/questions.json
+    """
+    from random import Random
+
+    from llava_edge.train_gpu.datagen import picture_sets, signs
+
+    text = signs.SIGN_WORDS if words is None else words.read_text(encoding="utf-8", errors="replace").split()
+    known = signs.fit_words(text)
+    if len(known) < 2:
+        raise InputError(f"{words} has {len(known)} words of 3 to 8 letters from a to z; expected two or more")
+    written = signs.read_fonts(fonts)
+    if len(written) < len(fonts):
+        raise InputError(f"{min(set(fonts) - set(written))} lacks some of the letters from a to z or A to Z")
+    grounds = picture_sets.read_photos(photos, Random(seed))
+    _draw(
+        output, count,
+        lambda folder: picture_sets.write_signs(folder, count, known, written, grounds, seed), quiet, as_json,
+    )  # fmt: skip
+
+
+def _draw(output: Path, count: int, write: Callable[[Path], Iterator[Made]], quiet: bool, as_json: bool) -> None:
+    """Let ``write`` draw into a new folder, which is there whole or not at all, and tell how much it is."""
+    if output.exists():
+        raise InputError(f"{output} is there already", hint="Name a folder that does not exist, or remove this one.")
     output.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         with click.progressbar(length=count, label="pictures", file=sys.stderr, hidden=quiet) as bar:
-            for made in picture_sets.write_scenes(work / "made", count, known, grounds, seed):
+            for made in write(work / "made"):
                 bar.update(made.pictures - bar.pos)
         (work / "made").rename(output)
     finally:
