@@ -179,7 +179,8 @@ class ScaleConfig:
     computes in it, and "float32" elsewhere (a CPU without such instructions takes many times as long in bfloat16).
     ``sharding`` "fsdp2" divides weights and optimiser over the processes. ``attention`` is the name of transformers'
     implementation; "auto" is "eager" on a CPU and "sdpa" on a GPU, and "flash_attention_2" needs packing with one row a
-    pass and no branches. ``peak_tflops`` of one device is needed for the MFU where the device isn't known.
+    pass and no branches. ``compile`` compiles the layers that are trained with torch.compile, which a CPU needs a C++
+    compiler for. ``peak_tflops`` of one device is needed for the MFU where the device isn't known.
     """
 
     precision: Literal["auto", "bf16", "float32"] = "auto"

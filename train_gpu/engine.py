@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from torch import nn
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +28,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from llava_edge.errors import InputError
 from llava_edge.train_gpu import checkpoint
 from llava_edge.train_gpu.allocator import keep_freed_memory
+from llava_edge.train_gpu.features import used_blocks
 from llava_edge.train_gpu.precision import uses_bfloat16
 
 if TYPE_CHECKING:
@@ -55,7 +58,7 @@ class Engine:
                 hint="Start it with torchrun, or set scale.sharding to none.",
             )
         if scale.compile:
-            trainee.llm.compile(dynamic=True)
+            compile_layers(trainee)
         self.forward: nn.Module
         self.forward, prepared = self.accelerator.prepare(trainee, optimizer)
         self.optimizer: torch.optim.Optimizer = prepared.optimizer
@@ -155,6 +158,33 @@ class Engine:
         """What was trained, gathered on the main process; empty on the others."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         return cast("dict[str, torch.Tensor]", get_model_state_dict(self.forward, options=options))
+
+
+def compile_layers(trainee: Trainee) -> None:
+    """Have the language model's layers, and blocks of the tower that are trained, compiled at their first pass.
+
+    Layers are alike, so that one is compiled for all: on two cores half a minute, where the whole model takes minutes.
+
+    Raises
+    ------
+    InputError
+        A CPU computes, and there is no C++ compiler.
+    """
+    if not torch.cuda.is_available():
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise InputError(
+                "scale.compile needs a C++ compiler, and none was found",
+                hint="Install g++ or clang (on macOS `xcode-select --install`), or set scale.compile to false.",
+            ) from None
+    layers = [m for m in trainee.llm.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    for layer in (layer for alike in layers for layer in alike):
+        layer.compile(dynamic=True)
+    if trainee.tower is not None:
+        for block in used_blocks(trainee.tower, trainee.config):
+            if any(p.requires_grad for p in block.parameters()):
+                block.compile(dynamic=True)
 
 
 def _fsdp_plugin(trainee: Trainee, scale: ScaleConfig) -> FullyShardedDataParallelPlugin:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
@@ -142,6 +143,10 @@ class Trainee(nn.Module):
                 target_modules=LORA_TARGETS,
             )
             self.llm = get_peft_model(self.llm, options)
+            if self.bf16:  # peft would cast what adapters read to float32, for autocast to cast it back
+                for module in self.llm.modules():
+                    if isinstance(module, LoraLayer):
+                        module.cast_input_dtype_enabled = False
         elif recipe.stage == "finetune":
             self.llm.requires_grad_(True)
             self.head.requires_grad_(True)

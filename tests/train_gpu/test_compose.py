@@ -140,6 +140,20 @@ def test_what_is_asked_follows_from_the_layout(icons: dict[str, list[Icon]]) -> 
     assert min(kinds.values()) >= 10
 
 
+def test_every_pair_is_asked_for_where_things_lie(icons: dict[str, list[Icon]]) -> None:
+    answers: Counter[str | None] = Counter()
+    for seed in range(60):
+        scene = compose.compose(icons, PHOTOS, Random(seed))
+        asked = compose.where_questions(scene.things, Random(seed))
+        assert {question.kind for question in asked} <= {"place", "relation"}
+        assert len({question.text for question in asked}) == len(asked)
+        for question in asked:
+            assert question.sentence == sentence_of(question, scene), question
+        answers.update(question.word for question in asked if question.kind == "relation")
+    assert {"Yes", "No", "left", "right", "above", "below"} == set(answers)
+    assert 0.7 < answers["Yes"] / answers["No"] < 1.4
+
+
 def test_no_question_gives_its_answer_away(icons: dict[str, list[Icon]]) -> None:
     """What is asked of absent things begins as what is asked of present ones, and as often in either spelling."""
     asked = []

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from random import Random
 
+import matplotlib as mpl
 import pytest
 from PIL import Image
 
 from llava_edge.train_gpu import prepare_nano
-from llava_edge.train_gpu.datagen import nano
+from llava_edge.train_gpu.datagen import nano, signs
 
 
 def test_a_tenth_of_each_category_is_asked_and_never_trained_on(tmp_path: Path) -> None:
@@ -52,3 +53,27 @@ def test_drawn_pictures_are_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
               (tmp_path / "root" / "scenes", tmp_path / "out" / "scenes")]  # fmt: skip
     assert [len(pictures) for pictures in scenes] == [4, 3]
     assert not set(scenes[0]) & set(scenes[1])
+
+
+def test_words_that_are_kept_out_are_written_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fonts = []
+    for number, name in enumerate(("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "cmr10", "STIXGeneral")):
+        source = Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
+        fonts.append(tmp_path / f"font{number}-latin-400-normal.woff")
+        fonts[-1].write_bytes(source.read_bytes())
+    (tmp_path / "root" / "flickr8k-train").mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (240, 230), (40 * number, 90, 200)).save(
+            tmp_path / "root" / "flickr8k-train" / f"{number}.png"
+        )
+    monkeypatch.setattr(prepare_nano, "SIGNS", 200)
+    monkeypatch.setattr(prepare_nano, "HELD_OUT_SIGNS", 30)
+    monkeypatch.setattr(prepare_nano, "GROUNDS", 3)
+    prepare_nano.draw_signs(sorted(signs.SIGN_WORDS), fonts, tmp_path / "root", tmp_path / "out", 1)
+
+    folders = (tmp_path / "root" / "signs", tmp_path / "out" / "signs", tmp_path / "out" / "signs-new")
+    asked = [json.loads((folder / "questions.json").read_text()) for folder in folders]
+    trained, known, new = ({question["answer"] for question in questions} for questions in asked)
+    assert new.isdisjoint(trained | known)
+    assert {question["kind"] for question in asked[2]} == {"new word"}
+    assert known & trained
