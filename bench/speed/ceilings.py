@@ -170,7 +170,12 @@ def _library() -> _Library:
 
 
 def _repacking_buffer_type(ggml: _Library) -> Any:
-    """The first memory in which the CPU's device lays weights out for its faster kernels, None without one."""
+    """The first memory in which the CPU's device lays weights out for its faster kernels, None without one.
+
+    None as well where that is AMX's, which no model of ours is loaded into either.
+    """
+    if native.multiplies_with_amx():
+        return None
     device = ggml.ggml_backend_dev_by_type(_CPU_DEVICE)
     registry = ggml.ggml_backend_dev_backend_reg(device)
     address = ggml.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
