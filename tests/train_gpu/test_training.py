@@ -316,12 +316,14 @@ def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     assert learning_rate_factor(1.0, 0.03) == pytest.approx(0)
 
 
+@pytest.mark.filterwarnings("ignore")  # of deprecated parts of torch that its own compiler uses
 def test_compiled_layers_train_like_plain_ones(workspace: Path, tmp_path: Path) -> None:
+    few = ("optim.steps=3", 'scale.precision="float32"')
     losses = []
     for name in ("true", "false"):
-        run = Run(recipe(workspace, tmp_path / name, "finetune", 4, f"scale.compile={name}", "optim.steps=3"))
+        run = Run(recipe(workspace, tmp_path / name, "finetune", 0, f"scale.compile={name}", *few))
         run.loop()
         losses.append([json.loads(line)["loss"] for line in (run.directory / "log.jsonl").read_text().splitlines()])
         compiled = [module for module in run.engine.trainee.llm.modules() if module._compiled_call_impl is not None]
         assert bool(compiled) == (name == "true")
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
