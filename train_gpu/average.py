@@ -27,8 +27,7 @@ def main(first: Path, second: Path, share: float, output: Path) -> None:
     """Write the mean of the weights of the checkpoints FIRST and SECOND, of which one was trained from the other."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        if output.exists() and not (output / checkpoint.DESCRIPTION).is_file():
-            raise InputError(f"{output} is there already, and is no checkpoint", hint="Name another folder.")
+        checkpoint.spare_other(output)
         description = checkpoint.read_description(second)
         one, other = build.load_model(str(first)), build.load_model(str(second))
         mix(dict(one.named_parameters()), dict(other.named_parameters()), share)

@@ -80,6 +80,12 @@ def load(path: Path) -> dict[str, Any]:
     return values
 
 
+def spare_other(directory: Path) -> None:
+    """InputError if a checkpoint can't be written to a folder without replacing something that is none."""
+    if directory.exists() and not (directory / DESCRIPTION).is_file():
+        raise InputError(f"{directory} is there already, and is no checkpoint", hint="Name another folder.")
+
+
 def save_checkpoint(
     directory: Path,
     model: LlavaForConditionalGeneration,

@@ -65,8 +65,7 @@ def main(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(options["seed"])
     try:
-        if output.exists() and not (output / checkpoint.DESCRIPTION).is_file():
-            raise InputError(f"{output} is there already, and is no checkpoint", hint="Name another folder.")
+        checkpoint.spare_other(output)
         samples = _read_samples(samples_file, keep)
         pictured = [sample for source in samples.values() for sample in source if "image" in sample]
         kept = {sample["image"] for source in keep for sample in samples[source] if "image" in sample}

@@ -27,6 +27,12 @@ def test_a_tenth_of_each_category_is_asked_and_never_trained_on(tmp_path: Path) 
     assert trained.isdisjoint(name for name, _, _ in asked)
 
 
+def draw_photos(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for number in range(5):
+        Image.new("RGB", (240, 230), (40 * number, 90, 200)).save(folder / f"{number}.png")
+
+
 def test_drawn_pictures_are_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("anchor", "ant", "axe", "cactus", "crab", "crown", "koala", "snail", "dog", "dog-face", "poodle")
     package = tmp_path / "package"
@@ -34,11 +40,7 @@ def test_drawn_pictures_are_parted(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     icons = {name: {"body": f'<circle cx="16" cy="16" r="{n + 4}"/>'} for n, name in enumerate(names)}
     (package / "icons.json").write_text(json.dumps({"prefix": "ours", "icons": icons, "width": 32}))
     (package / "metadata.json").write_text(json.dumps({"categories": {"Objects": list(names)}}))
-    (tmp_path / "root" / "flickr8k-train").mkdir(parents=True)
-    for number in range(5):
-        Image.new("RGB", (240, 230), (40 * number, 90, 200)).save(
-            tmp_path / "root" / "flickr8k-train" / f"{number}.png"
-        )
+    draw_photos(tmp_path / "root" / "flickr8k-train")
     monkeypatch.setattr(prepare_nano, "SCENES", 4)
     monkeypatch.setattr(prepare_nano, "HELD_OUT_SCENES", 3)
     monkeypatch.setattr(prepare_nano, "GROUNDS", 3)
@@ -61,11 +63,7 @@ def test_words_that_are_kept_out_are_written_nowhere_else(tmp_path: Path, monkey
         source = Path(mpl.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
         fonts.append(tmp_path / f"font{number}-latin-400-normal.woff")
         fonts[-1].write_bytes(source.read_bytes())
-    (tmp_path / "root" / "flickr8k-train").mkdir(parents=True)
-    for number in range(5):
-        Image.new("RGB", (240, 230), (40 * number, 90, 200)).save(
-            tmp_path / "root" / "flickr8k-train" / f"{number}.png"
-        )
+    draw_photos(tmp_path / "root" / "flickr8k-train")
     monkeypatch.setattr(prepare_nano, "SIGNS", 200)
     monkeypatch.setattr(prepare_nano, "HELD_OUT_SIGNS", 30)
     monkeypatch.setattr(prepare_nano, "GROUNDS", 3)
